@@ -1,0 +1,163 @@
+"""Calibrate: what the user's data does at the inputs of the sites, streamed into second moments on disk.
+
+The original graph is cut down to the values that sites read ("taps"), run feed by feed in the child process, and the moments
+grow there in float64, in files: memory does not grow with the data, nor with the number of sites.
+Rows under an attention mask's zeros are left out where the mask covers the rows. A value that several sites read is tapped once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+
+from lrcompile.graph import nodes
+from lrcompile.interfaces import Array, BuildOptions, Engine
+from lrcompile.records import Finding, InputStatistics, Site, Step
+from lrcompile.store import open_array, save_model
+
+if TYPE_CHECKING:
+    from lrcompile.child import Child
+    from lrcompile.feeds import Feeds
+    from lrcompile.store import Cache
+
+logger = logging.getLogger(__name__)
+
+_BLOCK = 4096  # rows turned to float64 at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Tap:
+    """A value to watch. size: K for moments, V for ids. before: steps that bring the contracted axis last."""
+
+    value: str
+    lookup: bool
+    size: int
+    before: tuple[Step, ...]
+
+
+class StoredStatistics:
+    """The `interfaces.StatisticsSource` over moments in the cache; holds on to the last site's only."""
+
+    def __init__(self, taps: Mapping[str, tuple[str, Tap]], load: Callable[[str], Mapping[str, Array]]) -> None:
+        self._taps = taps
+        self._load = load
+        self._last: tuple[str, InputStatistics] | None = None
+
+    def of(self, site: Site) -> InputStatistics | None:
+        if site.name not in self._taps:
+            return None
+        key, tap = self._taps[site.name]
+        if self._last is None or self._last[0] != key:
+            self._last = (key, _statistics(self._load(key), tap))
+        return self._last[1]
+
+    def key(self, site: Site) -> str:
+        return self._taps[site.name][0] if site.name in self._taps else ""
+
+
+def calibrate(
+    model: ir.Model, finding: Finding, feeds: Feeds, source_key: str, *, target: str, child: Child, cache: Cache,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> StoredStatistics:
+    """Statistics of every site in the main graph that can be taken. Cached: a killed run starts again where it was.
+
+    source_key: hash of model and weights. target: the runtime target that runs the original.
+    """
+    taps = {s.name: _tap(s) for s in finding.sites if s.refusal is None and s.path == "" and s.kind in ("linear", "lookup")}
+    prefix = hashlib.sha256(repr((source_key, feeds.key, target, "moments-1")).encode()).hexdigest()
+    distinct = sorted(set(taps.values()), key=lambda t: (t.value, t.size, t.before))
+    keys = {tap: hashlib.sha256(repr((prefix, tap)).encode()).hexdigest() for tap in distinct}
+    missing = [t for t in distinct if not cache.has(("moments", keys[t]))]
+    if missing:
+        logger.info("calibrating %d values on %d feeds", len(missing), len(feeds))
+        with cache.scratch() as scratch:
+            engine = None
+            watched = {t.value for t in missing} - {v.name for v in model.graph.inputs}
+            if watched:
+                path = save_model(_cut_to(model, watched), scratch / "taps")
+                engine = child.build(target, path, BuildOptions(target=target))
+            for done, feed in enumerate(feeds):
+                child.call("lrcompile.calibrate:accumulate", engine, feed, tuple(missing), str(scratch))
+                progress(done + 1, len(feeds))
+            if engine is not None:
+                engine.close()
+            for index, tap in enumerate(missing):
+                cache.remember(("moments", keys[tap]), lambda i=index, t=tap: _arrays(scratch, i, t))  # type: ignore[misc]
+    return StoredStatistics({name: (keys[t], t) for name, t in taps.items()}, lambda key: cache.remember(("moments", key), _gone))
+
+
+def accumulate(engine: Engine | None, feed: Mapping[str, Array], taps: Sequence[Tap], folder: str) -> None:
+    """Runs in the child, beside the engine: one feed's share of every moment."""
+    seen = dict(engine.run(feed)) if engine is not None else {}
+    seen.update(feed)
+    masks = [a for n, a in feed.items() if "mask" in n.lower() and a.ndim == 2]
+    for index, tap in enumerate(taps):
+        array = seen[tap.value]
+        keep = next((m.astype(bool) for m in masks if m.shape == array.shape[:2] and not tap.before), None)
+        arrays = _arrays(Path(folder), index, tap)
+        if tap.lookup:
+            ids = (array[keep] if keep is not None else array).reshape(-1).astype(np.int64)
+            ids = ids[(ids >= -tap.size) & (ids < tap.size)] % tap.size
+            arrays["frequencies"] += np.bincount(ids, minlength=tap.size)
+            arrays["count"] += len(ids)
+            continue
+        for kind, argument in tap.before:
+            array = array.transpose(argument) if kind == "transpose" else _reshape(array, argument)
+        rows = (array[keep] if keep is not None else array).reshape(-1, tap.size)
+        for start in range(0, len(rows), _BLOCK):
+            block = rows[start : start + _BLOCK].astype(np.float64)
+            block = block[np.isfinite(block).all(axis=1)]
+            arrays["second"] += block.T @ block
+            arrays["mean"] += block.sum(axis=0)
+            arrays["count"] += len(block)
+
+
+def _reshape(array: Array, shape: tuple[int, ...]) -> Array:
+    return array.reshape(tuple(array.shape[i] if n == 0 else n for i, n in enumerate(shape)))
+
+
+def _tap(site: Site) -> Tap:
+    assert site.wiring is not None
+    return Tap(site.data.name or "", site.kind == "lookup", site.K, site.wiring.before)
+
+
+def _cut_to(model: ir.Model, values: set[str]) -> ir.Model:
+    """A copy whose outputs are the watched values; the runtime drops what they do not need."""
+    copy = model.clone()
+    produced = {v.name: v for _, node in nodes(copy) if node.graph is copy.graph for v in node.outputs}
+    produced |= dict(copy.graph.initializers)
+    copy.graph.outputs.clear()
+    copy.graph.outputs.extend(produced[name] for name in sorted(values))
+    return copy
+
+
+def _arrays(folder: Path, index: int, tap: Tap) -> dict[str, Array]:
+    """The running sums of one tap, mapped from their files."""
+    shapes: dict[str, tuple[int, ...]] = {"count": (1,)}
+    shapes |= {"frequencies": (tap.size,)} if tap.lookup else {"second": (tap.size, tap.size), "mean": (tap.size,)}
+    return {name: open_array(folder / f"{index}.{name}", shape) for name, shape in shapes.items()}
+
+
+def _statistics(sums: Mapping[str, Array], tap: Tap) -> InputStatistics:
+    """Means from sums, shrunk by K / (K + 100 n): 1e-4 at a hundred rows a dimension, a half at a hundredth of a row."""
+    count = int(sums["count"][0])
+    shrinkage = tap.size / (tap.size + 100.0 * count)
+    if tap.lookup:
+        share = sums["frequencies"] / max(count, 1)
+        return InputStatistics(count, frequencies=(1 - shrinkage) * share + shrinkage / tap.size, shrinkage=shrinkage)
+    second = sums["second"] / max(count, 1)
+    spread = float(np.trace(second)) / tap.size or 1.0
+    second = (1 - shrinkage) * second
+    second[np.diag_indices(tap.size)] += shrinkage * spread
+    return InputStatistics(count, second, sums["mean"] / max(count, 1), shrinkage=shrinkage)
+
+
+def _gone() -> Mapping[str, Array]:
+    raise RuntimeError("calibration moments vanished from the cache while they were in use")

@@ -1,0 +1,36 @@
+"""Pure: what weights and forms of them cost. Parameters, bytes and FLOPs; a measured table comes with the engines."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from lrcompile.graph import FLOATS, tensors
+from lrcompile.records import Group, Site
+
+
+def parameters_of(model: ir.Model) -> int:
+    """Elements of all float and all at most 8-bit constants, each tensor once."""
+    return sum(math.prod(t.shape) for t in _distinct(model) if t.dtype in FLOATS or t.dtype.bitwidth <= 8)
+
+
+def bytes_of(model: ir.Model) -> int:
+    """Bytes of all constants, each tensor once."""
+    return sum(math.ceil(math.prod(t.shape) * t.dtype.bitwidth / 8) for t in _distinct(model) if t.dtype != ir.DataType.STRING)
+
+
+def _distinct(model: ir.Model) -> Sequence[ir.TensorProtocol]:
+    return tuple({id(u.tensor): u.tensor for u in tensors(model)}.values())
+
+
+def dense_flops(site: Site) -> int:
+    """2 MACs a row of input; a lookup multiplies nothing."""
+    return 2 * site.K * site.N if site.kind == "linear" else 0
+
+
+def stored_bytes(group: Group) -> int:
+    """Bytes of the group's weights as the file stores them, each once."""
+    weights = {s.weight: s for s in group.sites}
+    return sum(math.ceil(s.elements * ir.DataType[s.stored.upper()].bitwidth / 8) for s in weights.values())

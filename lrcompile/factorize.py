@@ -1,0 +1,170 @@
+"""Factorize: the arrays of every decision, rounded to their storage type and kept on disk, and the error they really have.
+
+A set of factors is stored under a key that names all it depends on, so a killed run goes on where it was. One group is in
+memory at a time.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
+import numpy as np
+import onnx_ir as ir
+
+from lrcompile.errors import PluginError
+from lrcompile.interfaces import Array, Constant, Factorization, Factors, StatisticsSource, Weights
+from lrcompile.records import Candidate, Cost, Decision, Group, InputStatistics, Plan, Site
+from lrcompile.weights import storage_of
+
+logger = logging.getLogger(__name__)
+
+# A claim that is a bound may be passed by what rounding the factors to their storage type adds.
+_ROUNDING = {ir.DataType.DOUBLE: 1e-12, ir.DataType.FLOAT: 1e-6, ir.DataType.FLOAT16: 4e-3, ir.DataType.BFLOAT16: 4e-2}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FactorSet:
+    """The factors of one decision. load: reads them, as stored. storage: their type. shapes: of each array.
+
+    measured: the group's relative error with these very arrays, by the calibration's statistics.
+    """
+
+    decision: Decision
+    group: Group
+    method: Factorization
+    storage: ir.DataType
+    shapes: Mapping[str, tuple[int, ...]]
+    measured: float
+    load: Callable[[], Factors] = field(repr=False)
+
+
+def factorize(
+    plan: Plan,
+    groups: Mapping[str, Group],
+    weights: Weights,
+    statistics: StatisticsSource | None,
+    methods: Mapping[str, Factorization],
+    seed: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[FactorSet, ...]:
+    """Factors of every decision that rewrites. Raises PluginError when a factorization broke its claim."""
+    made = []
+    for index, decision in enumerate(plan.rewritten):
+        made.append(_one(decision, groups[decision.group], methods[decision.method], weights, statistics, seed))
+        progress(index + 1, len(plan.rewritten))
+    return tuple(made)
+
+
+def _one(
+    decision: Decision, group: Group, method: Factorization, weights: Weights, statistics: StatisticsSource | None, seed: int
+) -> FactorSet:
+    site = group.sites[0]
+    storage = storage_of(site)
+    candidate = Candidate(
+        method=decision.method, rank=decision.rank,
+        cost=Cost(decision.parameters_after, decision.bytes_after, decision.flops_after),
+        error=decision.claimed_error or 0.0, bound=decision.bound, structure=decision.structure, storage=decision.storage,
+    )  # fmt: skip
+    key = (
+        "factors-1", decision.method, str(decision.rank), repr(decision.structure), storage.name, str(seed),
+        *(weights.key(s) for s in group.sites), *(statistics.key(s) if statistics else "" for s in group.sites),
+        *(repr(b.tolist()) if (b := weights.bias(s)) is not None else "" for s in group.sites),
+    )  # fmt: skip
+
+    def compute() -> Factors:
+        factors = method.factorize(group, weights, statistics, candidate, seed)
+        stored = {n: a if n.startswith("bias") else _stored(a, storage) for n, a in factors.items()}
+        if broken := [n for n, a in stored.items() if not np.isfinite(a.astype(np.float64)).all()]:
+            raise PluginError(f"{method.name} gave NaN or Inf in factor {broken[0]!r} of {group.name}")
+        error = group_error(group, weights, statistics, method.reconstruct(group, stored))
+        return {**{_tag(n, a): _raw(a) for n, a in stored.items()}, "measured": np.array([error])}
+
+    kept = weights.remember(key, compute)
+    shapes = {n: shape for n, _, shape in map(_untag, (t for t in kept if t != "measured"))}
+    measured = float(kept["measured"][0])
+    if decision.bound and decision.claimed_error is not None and measured > decision.claimed_error + _ROUNDING[storage]:
+        raise PluginError(
+            f"{method.name} claimed at most {decision.claimed_error:.3e} for {group.name} and its factors have {measured:.3e}"
+        )
+    return FactorSet(decision, group, method, storage, shapes, measured, lambda: _unpack(weights.remember(key, compute)))
+
+
+def group_error(
+    group: Group, weights: Weights, statistics: StatisticsSource | None, changed: Mapping[Constant, Array]
+) -> float:
+    """||S (W - What)|| / ||S W|| with S S^T the second moment of the input (identity without data).
+
+    Where the bias was corrected the mean's share is gone, so the covariance stands above. Several readers of one weight:
+    the root mean square of theirs.
+    """
+    errors = []
+    for site in group.sites:
+        W = weights.matrix(site)
+        D = W - changed[site.name, "weight"]
+        known = statistics.of(site) if statistics is not None else None
+        corrected = (site.name, "bias") in changed
+        errors.append(_relative(D, W, known, corrected))
+    return float(np.sqrt(np.mean(np.square(errors))))
+
+
+def _relative(D: Array, W: Array, known: InputStatistics | None, corrected: bool) -> float:
+    if known is None:
+        lost, all_ = float(np.vdot(D, D)), float(np.vdot(W, W))
+    elif known.frequencies is not None:
+        lost = float(known.frequencies @ np.einsum("ij,ij->i", D, D))
+        all_ = float(known.frequencies @ np.einsum("ij,ij->i", W, W))
+    else:
+        assert known.second is not None
+        lost = float(np.vdot(D, (known.centred if corrected else known.second) @ D))
+        all_ = float(np.vdot(W, known.second @ W))
+    return float(np.sqrt(max(lost, 0.0) / all_)) if all_ > 0 else 0.0
+
+
+def annotate(plan: Plan, sets: Sequence[FactorSet]) -> Plan:
+    """The plan with estimates replaced by what the factors really have."""
+    measured = {s.decision.group: s.measured for s in sets}
+    return replace(
+        plan,
+        decisions=tuple(
+            replace(d, claimed_error=measured[d.group]) if d.group in measured and not d.bound else d for d in plan.decisions
+        ),
+    )
+
+
+def bias_in_place(site: Site, corrected: Array) -> Array:
+    """A corrected b of y = scale (x W + b), back in the constant that the graph adds."""
+    assert site.bias is not None and site.wiring is not None
+    return (corrected * (site.wiring.scale / site.bias.scale)).reshape(site.bias.shape)
+
+
+# Cached arrays are raw bytes, because bfloat16 and float16 are no types of the store; the name carries the rest.
+
+
+def _stored(array: Array, storage: ir.DataType) -> Array:
+    return np.ascontiguousarray(array.astype(storage.numpy()))
+
+
+def _tag(name: str, array: Array) -> str:
+    return f"{name}|{array.dtype.name}|{'x'.join(map(str, array.shape))}"
+
+
+def _untag(tag: str) -> tuple[str, np.dtype[np.generic], tuple[int, ...]]:
+    name, dtype, shape = tag.split("|")
+    return name, np.dtype(dtype), tuple(int(n) for n in shape.split("x") if n)
+
+
+def _raw(array: Array) -> Array:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def _unpack(kept: Factors) -> Factors:
+    def arrays() -> Iterator[tuple[str, Array]]:
+        for tag, raw in kept.items():
+            if tag != "measured":
+                name, dtype, shape = _untag(tag)
+                yield name, raw.view(dtype).reshape(shape)
+
+    return dict(arrays())

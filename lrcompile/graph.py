@@ -1,0 +1,216 @@
+"""Walking and building ONNX graphs: the one walker over bodies and tensors, and small helpers that plugins may use."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common  # noqa: F401  (makes ir.passes.common an attribute)
+
+if TYPE_CHECKING:
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+logger = logging.getLogger(__name__)
+
+DOMAIN = "lrcompile"
+
+# The float types a weight can be computed in, and every type that the totals count as a parameter.
+FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """A graph of the model and where it stands: ``""`` for the main one, else a sentence."""
+
+    graph: ir.Graph
+    path: str
+    function: ir.Function | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TensorUse:
+    """A tensor of the file. holder: the initializer's value or the node with the attribute. path: which body."""
+
+    tensor: ir.TensorProtocol
+    name: str
+    where: str
+    holder: ir.Value | ir.Node
+    path: str
+
+
+def bodies(model: ir.Model) -> Iterator[Body]:
+    """Every graph of the model: the main one, the bodies of If, Loop and Scan at any depth, and local functions."""
+    pending = [Body(model.graph, "")]
+    pending += [Body(f.graph, f"function {f.domain}::{f.name}", f) for f in model.functions.values()]
+    while pending:  # a stack, not recursion: nesting depth is the file's choice
+        body = pending.pop(0)
+        yield body
+        for node in body.graph:
+            for attribute in node.attributes.values():
+                for graph in _graphs_of(attribute):
+                    where = f"{attribute.name} of {node.name or node.op_type}"
+                    path = f"{where} in {body.path}" if body.path else where
+                    pending.append(Body(graph, path, body.function))
+
+
+def nodes(model: ir.Model) -> Iterator[tuple[Body, ir.Node]]:
+    """Every node with the body it stands in."""
+    for body in bodies(model):
+        for node in body.graph:
+            yield body, node
+
+
+def tensors(model: ir.Model) -> Iterator[TensorUse]:
+    """Every tensor of the file: initializers and tensor attributes (Constant's above all) of every body."""
+    for body in bodies(model):
+        place = f" in {body.path}" if body.path else ""
+        for name, value in body.graph.initializers.items():
+            if value.const_value is not None:
+                yield TensorUse(value.const_value, name, f"initializer {name!r}{place}", value, body.path)
+        for node in body.graph:
+            for attribute in node.attributes.values():
+                for tensor in _tensors_of(attribute):
+                    owner = node.name or (node.outputs[0].name if node.outputs else "") or node.op_type
+                    where = f"attribute {attribute.name!r} of {node.op_type} node {owner!r}{place}"
+                    yield TensorUse(tensor, tensor.name or owner, where, node, body.path)
+
+
+def _graphs_of(attribute: ir.Attr) -> tuple[ir.Graph, ...]:
+    if attribute.is_ref():
+        return ()
+    if attribute.type == ir.AttributeType.GRAPH:
+        return (attribute.as_graph(),)
+    if attribute.type == ir.AttributeType.GRAPHS:
+        return tuple(attribute.as_graphs())
+    return ()
+
+
+def _tensors_of(attribute: ir.Attr) -> tuple[ir.TensorProtocol, ...]:
+    if attribute.is_ref() or attribute.value is None:
+        return ()
+    if attribute.type == ir.AttributeType.TENSOR:
+        return (attribute.as_tensor(),)
+    if attribute.type == ir.AttributeType.TENSORS:
+        return tuple(attribute.as_tensors())
+    return ()
+
+
+def tensor_of(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """The tensor that a value always holds: an initializer nobody may override, or a Constant node's; else None."""
+    if value is None:
+        return None
+    node = value.producer()
+    if node is None:
+        if not value.is_initializer() or is_overridable(value):
+            return None
+        return value.const_value
+    if node.op_type == "Constant" and node.domain == "":
+        attribute = node.attributes.get("value")
+        if attribute is not None and not attribute.is_ref():
+            return attribute.as_tensor()
+    return None
+
+
+def is_overridable(value: ir.Value) -> bool:
+    """Whether a caller may feed this initializer: it is a graph input as well, in IR 4 or later.
+
+    Before IR 4 every initializer had to be listed as an input and meant a constant all the same;
+    `mark_constants` records that on the values.
+    """
+    return value.is_initializer() and value.is_graph_input() and not value.meta.get("lrcompile.constant", False)
+
+
+def mark_constants(model: ir.Model) -> None:
+    """Record which initializers are constants although they are listed as inputs (IR 3 and earlier)."""
+    if (model.ir_version or 0) < 4:
+        for value in model.graph.initializers.values():
+            value.meta["lrcompile.constant"] = True
+
+
+def opset_of(model: ir.Model) -> int:
+    """Version of the default domain."""
+    return model.opset_imports.get("", 1)
+
+
+def ranks_of(model: ir.Model) -> dict[ir.Value, int]:
+    """Number of axes of every value for which onnx's shape inference finds it. The model is not changed."""
+    copy = model.clone()
+    try:
+        ir.passes.common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(copy)
+    except Exception as error:  # inference is a help: what it cannot do only leaves ranks unknown
+        logger.warning("shape inference failed, some sites may be left out: %s", error)
+    ranks: dict[ir.Value, int] = {}
+    for ours, theirs in zip(bodies(model), bodies(copy), strict=True):
+        pairs = [*zip(ours.graph.inputs, theirs.graph.inputs, strict=True)]
+        for a, b in zip(ours.graph, theirs.graph, strict=True):
+            pairs += zip(a.outputs, b.outputs, strict=True)
+        ranks.update({a: len(b.shape) for a, b in pairs if b.shape is not None})
+    return ranks
+
+
+class Names:
+    """Names that no value and no node of a model bears. Names are per model: shadowing across bodies is illegal."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self._values: set[str] = set()
+        self._nodes: set[str] = set()
+        for body in bodies(model):
+            self._values.update(v.name for v in body.graph.inputs if v.name)
+            self._values.update(body.graph.initializers)
+            for node in body.graph:
+                self._nodes.add(node.name or "")
+                self._values.update(v.name for v in node.outputs if v.name)
+
+    def value(self, wish: str) -> str:
+        return self._fresh(wish, self._values)
+
+    def node(self, wish: str) -> str:
+        return self._fresh(wish, self._nodes)
+
+    @staticmethod
+    def _fresh(wish: str, used: set[str]) -> str:
+        name, i = wish, 1
+        while name in used:
+            i += 1
+            name = f"{wish}_{i}"
+        used.add(name)
+        return name
+
+
+class Builder:
+    """Makes nodes into a list; see `interfaces.Op`. Names come out as ``prefix/name``."""
+
+    def __init__(self, prefix: str, metadata: dict[str, str] | None = None) -> None:
+        self.nodes: list[ir.Node] = []
+        self._prefix = prefix
+        self._metadata = metadata or {}
+        self._count = 0
+
+    def __call__(self, op_type: str, *inputs: ir.Value | None, name: str = "", **attributes: Any) -> ir.Value:
+        self._count += 1
+        label = f"{self._prefix}/{name or f'{op_type.lower()}_{self._count}'}"
+        attrs = [_attr(k, v) for k, v in attributes.items()]
+        output = ir.Value(name=label)
+        node = ir.Node("", op_type, list(inputs), attrs, outputs=[output], name=label)
+        node.metadata_props.update(self._metadata)
+        self.nodes.append(node)
+        return output
+
+    def constant(self, array: Array, name: str = "") -> ir.Value:
+        return self("Constant", name=name or f"constant_{self._count + 1}", value=ir.Tensor(np.ascontiguousarray(array)))
+
+
+def _attr(name: str, value: Any) -> ir.Attr:
+    if isinstance(value, ir.Tensor):
+        return ir.AttrTensor(name, value)
+    if isinstance(value, str):
+        return ir.AttrString(name, value)
+    if isinstance(value, float):
+        return ir.AttrFloat32(name, value)
+    if isinstance(value, (tuple, list)):
+        return ir.AttrInt64s(name, list(value))
+    return ir.AttrInt64(name, int(value))

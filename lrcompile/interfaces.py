@@ -1,0 +1,217 @@
+"""What a plugin must offer, and what it is given. Structural: nothing needs to be inherited.
+
+A file under ``passes/lrcompile_passes`` ends with ``factorizations: tuple[Factorization, ...] = (...)``, one under
+``runtimes/lrcompile_runtimes`` with ``runtimes: tuple[Runtime, ...] = (...)``: that is the whole registration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import onnx_ir as ir
+
+from lrcompile.records import Candidate, Decision, Group, InputStatistics, Kind, Refusal, Site
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Factors = Mapping[str, Array]
+# A constant that a decision changes: the site's name and "weight" or "bias".
+Constant = tuple[str, str]
+
+
+class StatisticsSource(Protocol):
+    """What calibration knows. Stored today; live ones (the compressed part's own activations) have the same face."""
+
+    def of(self, site: Site) -> InputStatistics | None:
+        """Statistics of the site's input, or None without data."""
+        ...
+
+    def key(self, site: Site) -> str:
+        """A hash of what `of` would return, for caches; empty without data."""
+        ...
+
+
+class Weights(Protocol):
+    """Weights of the model as matrices, read when asked for."""
+
+    def matrix(self, site: Site) -> Array:
+        """W of the site, float64, (K, N) for linear sites and (V, D) for lookups."""
+        ...
+
+    def bias(self, site: Site) -> Array | None:
+        """The bias that is ours to correct, float64, (N,), or None."""
+        ...
+
+    def remember(self, key: tuple[str, ...], compute: Callable[[], Factors]) -> Factors:
+        """Arrays that are costly to compute, kept on disk under a key that names all they depend on."""
+        ...
+
+    def key(self, site: Site) -> str:
+        """A hash of the site's weight and of how it is read."""
+        ...
+
+    def itemsize(self, site: Site) -> int:
+        """Bytes of one factor element at the site's own storage type."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class CandidateOptions:
+    """Which candidates are wanted. ranks: these; None: a grid in steps of multiple. full: the exact form only."""
+
+    ranks: tuple[int, ...] | None = None
+    multiple: int = 1
+    full: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Call:
+    """One use of factors inside a graph, brought to its plain form by the core.
+
+    kind "linear": x is (.., K), wanted is x W (.., N). kind "lookup": x holds ids (any shape, int32 or int64, negative
+    ones count from the end), wanted are rows W[ids] (.., D). transposed: W is the transpose of what was factorized.
+    factors: values that hold the arrays of `Factors`, of the type that the node computes in.
+    shapes: their shapes. opset: version of the default domain.
+    """
+
+    kind: Kind
+    transposed: bool
+    x: ir.Value
+    factors: Mapping[str, ir.Value]
+    shapes: Mapping[str, tuple[int, ...]]
+    opset: int
+
+
+class Op(Protocol):
+    """Makes nodes: ``op("MatMul", x, a, name="a")`` gives the node's output; attributes are keywords."""
+
+    def __call__(self, op_type: str, *inputs: ir.Value | None, name: str = "", **attributes: Any) -> ir.Value: ...
+
+    def constant(self, array: Array, name: str = "") -> ir.Value:
+        """A small constant inside the function."""
+        ...
+
+
+class Factorization(Protocol):
+    """One way to store a group of weights, with its mathematics and its subgraph."""
+
+    @property
+    def name(self) -> str:
+        """What ``--methods`` takes."""
+        ...
+
+    @property
+    def exact_at_full_rank(self) -> bool:
+        """Whether the full-rank candidate reproduces the weight to rounding; only such serve ``--rank full``."""
+        ...
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether it is refused without calibration data (full rank excepted)."""
+        ...
+
+    @property
+    def only_by_name(self) -> bool:
+        """Whether ``--methods auto`` leaves it out."""
+        ...
+
+    def serves(self, group: Group) -> Refusal | None:
+        """None, or why this group is not for this factorization."""
+        ...
+
+    def candidates(
+        self, group: Group, weights: Weights, statistics: StatisticsSource | None, options: CandidateOptions
+    ) -> Iterator[Candidate]:
+        """Candidates by rising rank, each with its cost and error."""
+        ...
+
+    def factorize(
+        self, group: Group, weights: Weights, statistics: StatisticsSource | None, candidate: Candidate, seed: int
+    ) -> Factors:
+        """The arrays of a candidate, float64. ``bias`` among them is the corrected bias, (N,)."""
+        ...
+
+    def reconstruct(self, group: Group, factors: Factors) -> Mapping[Constant, Array]:
+        """Every constant that the decision changes, float64, as the matrix (K, N) or bias (N,) of its site: the oracle."""
+        ...
+
+    def emit(self, op: Op, call: Call) -> ir.Value:
+        """The function body: what `call` wants, from the factors."""
+        ...
+
+    def edits(self, group: Group, factors: Factors) -> Mapping[Constant, Array]:
+        """New values for constants that stay constants (biases, sliced weights)."""
+        ...
+
+
+# --- runtimes -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Availability:
+    """Whether a target works here; reason says what is missing and how to get it, versions what is there."""
+
+    ok: bool
+    reason: str = ""
+    versions: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class BuildOptions:
+    """How an engine is built. optimize: False switches the runtime's graph optimisations off (noise floor)."""
+
+    target: str
+    threads: int = 1
+    optimize: bool = True
+    exact: bool = True  # ask the runtime for its accurate kernels: we compare, so it must not add errors of its own
+
+
+class Engine(Protocol):
+    """A loaded model that runs. Lives in a child process; a context manager."""
+
+    def run(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
+        """Outputs by name, in the model's order. feeds: one array an input."""
+        ...
+
+    def describe(self) -> Mapping[str, str]:
+        """What really runs: provider, device, version."""
+        ...
+
+    def __enter__(self) -> Engine: ...
+
+    def __exit__(self, *exc: object) -> None: ...
+
+
+class Rewrite(Protocol):
+    """A named step from the neutral form to a target's best encoding, in place."""
+
+    @property
+    def name(self) -> str: ...
+
+    def __call__(self, model: ir.Model) -> int:
+        """Apply everywhere; returns how often it applied."""
+        ...
+
+
+class Runtime(Protocol):
+    """Something that builds and runs ONNX models."""
+
+    @property
+    def name(self) -> str: ...
+
+    def targets(self) -> tuple[str, ...]:
+        """What ``--target`` takes: NAME or NAME-DEVICE."""
+        ...
+
+    def availability(self, target: str) -> Availability: ...
+
+    def lowering(self, target: str) -> tuple[Rewrite, ...]: ...
+
+    def supports(self, decision: Decision, target: str) -> Refusal | None: ...
+
+    def build(self, model: Path, options: BuildOptions) -> Engine:
+        """Load the file, ready to run. Raises BuildError with the runtime's own words."""
+        ...

@@ -1,0 +1,331 @@
+"""Plan: which form every weight takes, chosen from the candidates' curves. Pure, but for the candidates' own reading of weights.
+
+A budget on parameters is met by one common ratio for all eligible weights, the largest that keeps it; an error limit alone is met
+by bisecting that ratio over compiled and verified trials (`revise`). Dense is always allowed, and every decision says why.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from lrcompile.cost import dense_flops, stored_bytes
+from lrcompile.errors import BudgetError, UsageError
+from lrcompile.interfaces import CandidateOptions, Factorization, StatisticsSource, Weights
+from lrcompile.records import Budget, Candidate, Decision, Evidence, Finding, Group, Plan, Refusal, Site
+
+# Kernels like ranks in eights; matrices this small are fitted exactly.
+_MULTIPLE, _SMALL = 8, 128
+# A search over the common ratio ends when the bracket is this narrow.
+_RATIO_STEP = 0.03
+
+Supports = Callable[[Decision], Refusal | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """The candidates of one group by rising rank, or the reason why it has none."""
+
+    group: Group
+    candidates: tuple[Candidate, ...]
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What is to be planned. total: elements of all eligible weights, of which `fixed` cannot be rewritten at all."""
+
+    finding: Finding
+    curves: tuple[Curve, ...]
+    budget: Budget
+    target: str
+    total: int
+    fixed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A plan that was compiled and verified."""
+
+    plan: Plan
+    evidence: Evidence
+    passed: bool
+
+
+def eligible(site: Site, tied: bool, budget: Budget, include: str | None, exclude: str | None) -> str | None:
+    """None when the site's weight counts for budgets and may be rewritten, else the reason in words."""
+    if exclude is not None and re.search(exclude, site.name):
+        return "excluded by name"
+    if include is not None:
+        return None if re.search(include, site.name) else "not included by name"
+    if budget.rank == "full":
+        return None
+    if site.op not in ("MatMul", "Gemm"):
+        return f"a {site.op} weight takes part only when --include names it"
+    return "a head tied to a table takes part only when --include names it" if tied else None
+
+
+def prepare(
+    finding: Finding,
+    weights: Weights,
+    statistics: StatisticsSource | None,
+    methods: Sequence[Factorization],
+    budget: Budget,
+    *,
+    target: str,
+    supports: Supports = lambda decision: None,
+    include: str | None = None,
+    exclude: str | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Problem:
+    """Curves of every group, computed once; all plans of a search choose from them."""
+    _check_patterns(include, exclude)
+    curves: list[Curve] = []
+    total = fixed = 0
+    units = finding.units
+    for index, group in enumerate(units):
+        reasons = [eligible(s, group.kind == "tied", budget, include, exclude) for s in group.sites]
+        # a weight with several readers is taken when any reader is wanted and none is excluded
+        barred = next((r for r in reasons if r == "excluded by name"), None) or (reasons[0] if all(reasons) else None)
+        if barred is not None:
+            curves.append(Curve(group, (), barred))
+        else:
+            curve = _curve(group, weights, statistics, methods, budget, target, supports)
+            curves.append(curve)
+            total += group.elements
+            fixed += 0 if curve.candidates else group.elements
+        progress(index + 1, len(units))
+    tied = {s.weight for g in units if g.kind == "tied" for s in g.sites}
+    for site in {s.weight: s for s in finding.sites if s.refusal is not None}.values():
+        if eligible(site, site.weight in tied, budget, include, exclude) is None:
+            total += site.elements
+            fixed += site.elements
+    return Problem(finding, tuple(curves), budget, target, total, fixed)
+
+
+def _check_patterns(*patterns: str | None) -> None:
+    for pattern in patterns:
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            raise UsageError(f"{pattern!r} is not a regular expression: {error}") from error
+
+
+def _curve(
+    group: Group, weights: Weights, statistics: StatisticsSource | None, methods: Sequence[Factorization],
+    budget: Budget, target: str, supports: Supports,
+) -> Curve:
+    """All candidates of a group that are legal, or the reasons of all methods."""
+    found: list[Candidate] = []
+    reasons: list[str] = []
+    full = budget.rank == "full"
+    site = group.sites[0]
+    options = CandidateOptions(
+        ranks=(budget.rank,) if isinstance(budget.rank, int) else None,
+        multiple=_MULTIPLE if min(site.K, site.N) >= _SMALL else 1,
+        full=full,
+    )
+    dense = _dense(group, "")
+    for method in methods:
+        if method.name == "dense":
+            continue
+        if refusal := method.serves(group):
+            reasons.append(refusal.reason)
+        elif full and not method.exact_at_full_rank:
+            reasons.append(f"{method.name} is not exact at full rank")
+        elif method.needs_data and not full and not any(statistics and statistics.of(s) for s in group.sites):
+            reasons.append(f"{method.name} needs calibration data at this input")
+        else:
+            for candidate in method.candidates(group, weights, statistics, options):
+                reason = None if full else _costs(candidate, dense)
+                reason = reason or ((no := supports(_decision(group, candidate, ""))) and no.reason)
+                if reason is None:
+                    found.append(candidate)
+                elif reason not in reasons:
+                    reasons.append(reason)
+    found.sort(key=lambda c: (c.cost.parameters, c.error))
+    return Curve(group, tuple(found), "" if found else "; ".join(reasons) or "no method serves it")
+
+
+def _costs(candidate: Candidate, dense: Decision) -> str | None:
+    """Why a candidate is not worth having: it must be smaller than what it replaces."""
+    if candidate.cost.parameters >= dense.parameters_before:
+        return f"rank {candidate.rank} would take as many parameters as the weight"
+    if candidate.cost.bytes >= dense.bytes_before:
+        return f"its factors would take more bytes than the weight does in its own type ({dense.bytes_before:,})"
+    return None
+
+
+def plan(problem: Problem) -> Plan:
+    """The first plan for the problem's budget. Raises BudgetError when no plan keeps it."""
+    budget = problem.budget
+    if budget.keep is not None:
+        return _keep(problem, budget.keep)
+    if budget.energy is not None:
+        energy = budget.energy
+        return _assemble(problem, lambda curve: _by_energy(curve, energy))
+    if budget.rank is not None:
+        return _assemble(problem, lambda curve: (curve.candidates[-1], "rank as asked") if curve.candidates else None)
+    return _at_ratio(problem, 0.5)
+
+
+def revise(problem: Problem, trials: Sequence[Trial]) -> Plan | None:
+    """The next plan to try, or None when the search is over. Only an error limit alone makes a search."""
+    budget = problem.budget
+    if not budget.max_error or any(v is not None for v in (budget.keep, budget.energy, budget.rank)) or not trials:
+        return None
+    if trials[-1].plan.ratio is None:
+        return None
+    passed = [t.plan.ratio for t in trials if t.passed and t.plan.ratio is not None]
+    failed = [t.plan.ratio for t in trials if not t.passed and t.plan.ratio is not None]
+    high, low = min(passed, default=1.0), max(failed, default=0.0)
+    if high - low <= _RATIO_STEP:
+        return None
+    following = _at_ratio(problem, (high + low) / 2)
+    return None if any(following.decisions == t.plan.decisions for t in trials) else following
+
+
+def dense_plan(problem: Problem, reason: str) -> Plan:
+    """Everything as it is."""
+    made = _assemble(problem, lambda curve: None)
+    decisions = tuple(replace(d, reason=reason) if d.reason == "dense" else d for d in made.decisions)
+    return replace(made, decisions=decisions, ratio=1.0)
+
+
+def _keep(problem: Problem, keep: float) -> Plan:
+    """The largest common ratio whose parameters stay within the budget."""
+    if keep >= 1.0:
+        return dense_plan(problem, "the budget keeps everything")
+    limit = keep * problem.total
+
+    def size(ratio: float) -> int:
+        return problem.fixed + sum(_parameters(_at(c, ratio), c.group) for c in problem.curves if c.candidates)
+
+    low, high = 0.0, 1.0
+    if size(low) > limit:
+        best = size(low) / problem.total if problem.total else 1.0
+        raise BudgetError(
+            f"--keep {keep:g} cannot be met: the least that can be kept is {best:.3f} of the {problem.total:,} eligible "
+            f"parameters, {problem.fixed:,} of which cannot be rewritten (lrcompile plan --why says why)"
+        )
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if size(middle) <= limit else (low, middle)
+    return replace(_at_ratio(problem, low), ratio=None)
+
+
+def _at_ratio(problem: Problem, ratio: float) -> Plan:
+    """Every group's best candidate of at most `ratio` of its parameters."""
+
+    def choose(curve: Curve) -> tuple[Candidate, str] | None:
+        candidate = _at(curve, ratio)
+        return None if candidate is None else (candidate, f"one ratio for all, {ratio:.3f}")
+
+    return replace(_assemble(problem, choose), ratio=ratio)
+
+
+def _at(curve: Curve, ratio: float) -> Candidate | None:
+    """The most accurate candidate within the ratio, or the smallest there is."""
+    if not curve.candidates:
+        return None
+    within = [c for c in curve.candidates if c.cost.parameters <= ratio * curve.group.elements]
+    return min(within, key=lambda c: (c.error, c.cost.parameters)) if within else curve.candidates[0]
+
+
+def _parameters(candidate: Candidate | None, group: Group) -> int:
+    return candidate.cost.parameters if candidate is not None else group.elements
+
+
+def _by_energy(curve: Curve, energy: float) -> tuple[Candidate, str] | None:
+    for candidate in curve.candidates:
+        if candidate.error**2 <= 1.0 - energy:
+            return candidate, f"smallest rank that holds {energy:g} of the energy"
+    return None
+
+
+def _assemble(problem: Problem, choose: Callable[[Curve], tuple[Candidate, str] | None]) -> Plan:
+    decisions = []
+    for curve in problem.curves:
+        chosen = choose(curve)
+        if chosen is None:
+            decisions.append(_dense(curve.group, curve.reason or _no_room(problem.budget)))
+        else:
+            candidate, reason = chosen
+            decisions.append(_decision(curve.group, candidate, f"{reason}; {candidate.note}" if candidate.note else reason))
+    decisions += [_refused(s) for s in problem.finding.sites if s.refusal is not None]
+    return Plan(problem.target, tuple(decisions))
+
+
+def _no_room(budget: Budget) -> str:
+    return f"no rank below break-even holds {budget.energy:g} of the energy" if budget.energy is not None else "dense"
+
+
+def _decision(group: Group, candidate: Candidate, reason: str) -> Decision:
+    return replace(
+        _dense(group, reason),
+        method=candidate.method,
+        rank=candidate.rank,
+        storage=candidate.storage,
+        claimed_error=candidate.error,
+        bound=candidate.bound,
+        parameters_after=candidate.cost.parameters,
+        bytes_after=candidate.cost.bytes,
+        flops_after=candidate.cost.flops * len(group.sites),
+        structure=candidate.structure,
+    )
+
+
+def _dense(group: Group, reason: str) -> Decision:
+    size, flops = stored_bytes(group), sum(dense_flops(s) for s in group.sites)
+    return Decision(
+        group=group.name, sites=tuple(s.name for s in group.sites), method="dense", rank=None, storage=None, claimed_error=None,
+        bound=True, parameters_before=group.elements, parameters_after=group.elements, bytes_before=size, bytes_after=size,
+        flops_before=flops, flops_after=flops, reason=reason,
+    )  # fmt: skip
+
+
+def _refused(site: Site) -> Decision:
+    return Decision(
+        group=site.name, sites=(site.name,), method="dense", rank=None, storage=None, claimed_error=None, bound=True,
+        parameters_before=site.elements, parameters_after=site.elements, bytes_before=0, bytes_after=0, flops_before=0,
+        flops_after=0, reason=site.refusal or "",
+    )  # fmt: skip
+
+
+def check_plan(given: Plan, finding: Finding, methods: Mapping[str, Factorization]) -> Plan:
+    """A plan that a user edited, held against the model. Raises UsageError naming the group that does not fit."""
+    groups = {g.name: g for g in finding.groups}
+    refused = {s.name for s in finding.sites if s.refusal is not None}
+    taken: dict[str, str] = {}
+    for decision in given.decisions:
+        group = groups.get(decision.group)
+        if not decision.rewrites:
+            continue
+        if group is None:
+            why = "cannot be rewritten" if decision.group in refused else "is not in this model"
+            raise UsageError(f"the plan rewrites {decision.group!r}, which {why}")
+        if tuple(s.name for s in group.sites) != decision.sites:
+            raise UsageError(f"the plan's group {decision.group!r} holds other sites than the model's: {', '.join(decision.sites)}")
+        if decision.method not in methods:
+            raise UsageError(f"the plan asks for {decision.method!r} at {decision.group!r}; known: {', '.join(sorted(methods))}")
+        if refusal := methods[decision.method].serves(group):
+            raise UsageError(f"the plan asks for {decision.method!r} at {decision.group!r}: {refusal.reason}")
+        site = group.sites[0]
+        if decision.rank is not None and not 1 <= decision.rank <= min(site.K, site.N):
+            raise UsageError(f"the plan's rank {decision.rank} at {decision.group!r} is not between 1 and {min(site.K, site.N)}")
+        for name in decision.sites:
+            if name in taken:
+                raise UsageError(f"the plan rewrites {name!r} twice: in {taken[name]!r} and in {decision.group!r}")
+            taken[name] = decision.group
+    return given
+
+
+def group_by_name(finding: Finding) -> Mapping[str, Group]:
+    return {g.name: g for g in finding.groups}
+
+
+def decisions_for(plan: Plan, finding: Finding) -> Iterable[tuple[Decision, Group]]:
+    """The decisions that change something, each with its group."""
+    groups = group_by_name(finding)
+    return ((d, groups[d.group]) for d in plan.decisions if d.rewrites)

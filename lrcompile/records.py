@@ -1,0 +1,481 @@
+"""The frozen values that travel between the stages.
+
+Arrays are never inside a plan: only names, numbers and sentences are. Names of types follow the stages:
+``Source`` (load), ``Site`` and ``Group`` (find), ``InputStatistics`` (calibrate), ``Candidate``, ``Decision``
+and ``Plan`` (plan), ``Evidence`` (verify), ``Result`` (publish).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:  # `lrcompile --help` imports neither
+    import numpy as np
+    import onnx_ir as ir
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+# What a site asks of its weight: x @ W, rows W[ids], a convolution, or something that we only list.
+Kind = Literal["linear", "lookup", "conv", "other"]
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A "no" with its sentence. Falsy, so that ``if refusal := check(...)`` would never hide it: compare with None."""
+
+    reason: str
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+# --- load ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A checked model.
+
+    path: the ``.onnx`` file. model: its graph, weights mapped on disk, local functions inlined.
+    sha256: of the ``.onnx`` file. weights: each external file (relative name) with its SHA-256.
+    opset: version of the default domain. notes: sentences for the report (what was changed on the way in).
+    """
+
+    path: Path
+    model: ir.Model
+    sha256: str
+    weights: tuple[tuple[str, str], ...]
+    opset: int
+    notes: tuple[str, ...] = ()
+
+
+# --- find ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a stored constant is read as a matrix: steps of (permutation or None, shape afterwards)."""
+
+    stored: tuple[int, ...]
+    steps: tuple[tuple[tuple[int, ...] | None, tuple[int, ...]], ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.steps[-1][1] if self.steps else self.stored
+
+    def transpose(self, perm: tuple[int, ...]) -> Layout:
+        if perm == tuple(range(len(perm))):
+            return self
+        if self.steps and self.steps[-1][0] is not None:  # two permutations in a row are one, or none
+            last, _ = self.steps[-1]
+            assert last is not None
+            return Layout(self.stored, self.steps[:-1]).transpose(tuple(last[p] for p in perm))
+        return Layout(self.stored, (*self.steps, (perm, tuple(self.shape[p] for p in perm))))
+
+    def reshape(self, shape: tuple[int, ...]) -> Layout:
+        if shape == self.shape:
+            return self
+        return Layout(self.stored, (*self.steps, (None, shape)))
+
+    def apply(self, array: Array) -> Array:
+        """The constant as the matrix that a factorization sees."""
+        for perm, shape in self.steps:
+            array = array.transpose(perm) if perm is not None else array.reshape(shape)
+        return array
+
+    def invert(self, array: Array) -> Array:
+        """A matrix back in the shape of the stored constant."""
+        shapes = [self.stored, *(shape for _, shape in self.steps)]
+        for (perm, _), before in zip(reversed(self.steps), reversed(shapes[:-1]), strict=True):
+            if perm is None:
+                array = array.reshape(before)
+            else:
+                inverse = sorted(range(len(perm)), key=perm.__getitem__)
+                array = array.transpose(inverse)
+        return array
+
+
+# A permutation of axes, or a shape in which 0 keeps the dimension as it is.
+Step = tuple[Literal["transpose", "reshape"], tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Wiring:
+    """How a node's other input becomes x (.., K) or ids, and how y (.., N) becomes the node's output.
+
+    data: index of that input. before, after: steps around the product. scale: what the product is multiplied by (Gemm's
+    alpha). addend, addend_scale: index of what is added at the end, and its factor (Gemm's C and beta).
+    """
+
+    data: int
+    before: tuple[Step, ...] = ()
+    after: tuple[Step, ...] = ()
+    scale: float = 1.0
+    addend: int | None = None
+    addend_scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Bias:
+    """A constant added to what a site computes, ours to correct: only this site's output meets it.
+
+    node, index: who reads it. value: the constant. shape: its shape, of N elements. scale: the factor before it (Gemm's beta).
+    """
+
+    node: ir.Node
+    index: int
+    value: ir.Value
+    shape: tuple[int, ...]
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Site:
+    """A constant weight and a node that multiplies or gathers it.
+
+    name: unique and readable; what ``--include`` matches. node, operand: who reads the weight, at which input.
+    weight, weight_shape, stored: name, shape and type of the constant in the file; root: the value from which on only
+    transposes and reshapes follow (the constant itself, or what Cast or DequantizeLinear make of it).
+    layout: how root is read as the matrix W (K, N) with y = x W (linear) or as the table W (V, D) with rows W[ids] (lookup).
+    operand_layout: how root is read as the node's operand.
+    dtype: what the node computes in. wiring: how the node's data meets W; None when the site is only listed.
+    refusal: why it is not taken, or None. path: where the node stands (``then_branch of If_3``), empty in the main graph.
+    """
+
+    name: str
+    op: str
+    kind: Kind
+    node: ir.Node
+    operand: int
+    weight: str
+    weight_shape: tuple[int, ...]
+    stored: str
+    root: ir.Value
+    layout: Layout
+    operand_layout: Layout
+    dtype: str
+    wiring: Wiring | None = None
+    bias: Bias | None = None
+    refusal: str | None = None
+    path: str = ""
+
+    @property
+    def K(self) -> int:  # noqa: N802
+        """Length of what is contracted; rows of a table."""
+        return self.layout.shape[0]
+
+    @property
+    def N(self) -> int:  # noqa: N802
+        """Length of what comes out; columns of a table."""
+        return self.layout.shape[1]
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.weight_shape)
+
+    @property
+    def data(self) -> ir.Value:
+        """What the weight is multiplied with, or the ids that it is asked for."""
+        assert self.wiring is not None
+        value = self.node.inputs[self.wiring.data]
+        assert value is not None
+        return value
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Group:
+    """Sites that are best taken together, or one site alone.
+
+    kind: ``alone``, ``shared`` (one weight, several nodes), ``tied`` (a table and a head), ``qkv``, ``gate_up``,
+    ``up_down``, ``value_output``. transposed: for each site whether its matrix is the first one's transpose
+    (weights that are shared only; False elsewhere).
+    """
+
+    name: str
+    kind: str
+    sites: tuple[Site, ...]
+    transposed: tuple[bool, ...]
+
+    @property
+    def shares_weight(self) -> bool:
+        return self.kind in ("alone", "shared", "tied")
+
+    @property
+    def elements(self) -> int:
+        """Numbers in the weights, each counted once."""
+        return sum({s.weight: s.elements for s in self.sites}.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """All constant weight uses (also refused ones) and all groups; groups may overlap, ``alone``, ``shared`` and ``tied`` do not."""
+
+    sites: tuple[Site, ...]
+    groups: tuple[Group, ...]
+
+    @property
+    def units(self) -> tuple[Group, ...]:
+        """The groups that partition the sites which can be taken."""
+        return tuple(g for g in self.groups if g.shares_weight)
+
+
+# --- calibrate ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class InputStatistics:
+    """What the calibration data showed at a site's input.
+
+    count: rows seen. second: (K, K) float64, mean of x x^T; mean: (K,) float64 (linear sites).
+    frequencies: (V,) float64, the share of lookups that asked for each row (lookup sites).
+    shrinkage: a in [0, 1]; second is (1 - a) times what was measured plus a times its mean eigenvalue on the diagonal,
+    and frequencies likewise lean towards 1 / V, so that few samples make no direction free.
+    """
+
+    count: int
+    second: Array | None = None
+    mean: Array | None = None
+    frequencies: Array | None = None
+    shrinkage: float = 0.0
+
+    @property
+    def centred(self) -> Array:
+        """(K, K), the covariance, shrunk alike: what is left of `second` once a bias absorbs the mean."""
+        assert self.second is not None and self.mean is not None
+        return self.second - (1.0 - self.shrinkage) * self.mean[:, None] * self.mean
+
+
+# --- plan ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a form of a group's weights costs. flops: 2 MACs for one row of input (one id for tables)."""
+
+    parameters: int
+    bytes: int
+    flops: int
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way to store a group: the factorization, its rank or structure, its cost and its error.
+
+    error: relative, as `docs` define it; bound says whether it is an upper bound or an estimate.
+    """
+
+    method: str
+    rank: int | None
+    cost: Cost
+    error: float
+    bound: bool = True
+    structure: tuple[tuple[str, int | str], ...] = ()
+    storage: str | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What is done with a group, and why."""
+
+    group: str
+    sites: tuple[str, ...]
+    method: str
+    rank: int | None
+    storage: str | None
+    claimed_error: float | None
+    bound: bool
+    parameters_before: int
+    parameters_after: int
+    bytes_before: int
+    bytes_after: int
+    flops_before: int
+    flops_after: int
+    reason: str
+    structure: tuple[tuple[str, int | str], ...] = ()
+    permutes: Literal["in", "out"] | None = None
+
+    @property
+    def rewrites(self) -> bool:
+        return self.method != "dense" or self.storage is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What the user asked for. Exactly one of keep, energy, rank binds; max_error judges (or steers when alone)."""
+
+    keep: float | None = None
+    energy: float | None = None
+    rank: int | Literal["full"] | None = None
+    max_error: tuple[Limit, ...] = ()
+    objective: str = "size"
+
+    def __str__(self) -> str:
+        parts = [f"{n} {v}" for n in ("keep", "energy", "rank") if (v := getattr(self, n)) is not None]
+        if self.max_error:
+            parts.append("max-error " + ",".join(map(str, self.max_error)))
+        return ", ".join(parts) or "none"
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """One term of ``--max-error``: snr and cosine are floors, all others ceilings; relative is the ``x`` form."""
+
+    name: str
+    value: float
+    relative: bool = False
+
+    @property
+    def floor(self) -> bool:
+        return self.name in ("snr", "cosine", "top1")
+
+    def holds(self, value: float) -> bool:
+        return value >= self.value if self.floor else value <= self.value
+
+    def __str__(self) -> str:
+        return f"{self.name}={self.value:g}{'x' if self.relative else ''}"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A decision for every group. Prints as a table, is JSON, can be edited and given back."""
+
+    target: str
+    decisions: tuple[Decision, ...]
+    notes: tuple[str, ...] = ()
+    ratio: float | None = None  # the common ratio that the search chose, when it searched
+
+    def __iter__(self) -> Any:
+        return iter(self.decisions)
+
+    @property
+    def rewritten(self) -> tuple[Decision, ...]:
+        return tuple(d for d in self.decisions if d.rewrites)
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Plan:
+        """Read what `to_json` wrote. Raises KeyError or TypeError on what is not a plan."""
+        names = {f.name for f in dataclasses.fields(Decision)}
+        decisions = []
+        for entry in document["decisions"]:
+            if unknown := sorted(set(entry) - names):
+                raise KeyError(f"unknown key {unknown[0]!r} in a decision")
+            entry = dict(entry)
+            entry["sites"] = tuple(entry["sites"])
+            entry["structure"] = tuple((str(k), v) for k, v in entry.get("structure", ()))
+            decisions.append(Decision(**entry))
+        return cls(document["target"], tuple(decisions), tuple(document.get("notes", ())), document.get("ratio"))
+
+    def __str__(self) -> str:
+        lines = [f"{'site':44} {'method':10} {'rank':>6} {'kept':>7} {'error':>9}  reason"]
+        for d in self.decisions:
+            kept = d.parameters_after / d.parameters_before if d.parameters_before else 1.0
+            error = "" if d.claimed_error is None else f"{d.claimed_error:9.2e}"
+            rank = "" if d.rank is None else str(d.rank)
+            lines.append(f"{d.group[-44:]:44} {d.method:10} {rank:>6} {kept:7.3f} {error:>9}  {d.reason}")
+        before = sum(d.parameters_before for d in self.decisions)
+        after = sum(d.parameters_after for d in self.decisions)
+        lines.append(
+            f"{len(self.rewritten)} of {len(self.decisions)} groups rewritten for {self.target}; "
+            f"{after:,} of {before:,} parameters kept ({after / before if before else 1:.3f})"
+        )
+        return "\n".join([*lines, *self.notes])
+
+
+# --- verify -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class OutputEvidence:
+    """How far one output moved. noise_floor: relative L2 that the original moves by itself in the same runtime."""
+
+    relative_l2: float
+    snr_db: float | None  # None: nothing moved at all
+    cosine: float
+    max_abs: float
+    noise_floor: float
+    kl: float | None = None
+    top1: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """The answers to both questions of verification."""
+
+    outputs: tuple[tuple[str, OutputEvidence], ...]
+    engine: str  # "ran" or "built, not run: <reason>"
+    held_out: str  # where the data of the second question came from
+    verdict: Literal["passed", "failed", "unchanged"]
+    metric: tuple[float, float] | None = None  # original's and compiled's
+    failures: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        document = dataclasses.asdict(self)
+        document["outputs"] = {name: dataclasses.asdict(value) for name, value in self.outputs}
+        return document
+
+
+# --- publish ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SiteReport:
+    """A line of ``sites`` in ``lrcompile.json``."""
+
+    name: str
+    op: str
+    weight_shape: tuple[int, ...]
+    method: str
+    rank: int | None
+    storage: str | None
+    parameters_before: int
+    parameters_after: int
+    claimed_error: float | None
+    measured_error: float | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Whole-model counts. parameters: elements of float and <= 8-bit constants; bytes: of all constants; flops: 2 MAC at the first feed."""
+
+    parameters_before: int
+    parameters_after: int
+    bytes_before: int
+    bytes_after: int
+    flops_before: int
+    flops_after: int
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What `lrcompile.compile` gives back: where the folder is, and what its manifest says."""
+
+    path: Path
+    plan: Plan
+    evidence: Evidence
+    sites: tuple[SiteReport, ...]
+    totals: Totals
+    manifest: Mapping[str, Any] = field(repr=False)
+
+    def __str__(self) -> str:
+        t = self.totals
+        lines = [str(self.plan), ""]
+        lines += [
+            f"{name}: cosine {o.cosine:.4f}  relative L2 {o.relative_l2:.2e}  "
+            f"SNR {'inf' if o.snr_db is None else f'{o.snr_db:.1f}'} dB  noise {o.noise_floor:.1e}"
+            for name, o in self.evidence.outputs
+        ]
+        lines.append(
+            f"{self.evidence.verdict}: {t.parameters_before:,} -> {t.parameters_after:,} parameters, "
+            f"{t.bytes_before / 1e6:.1f} -> {t.bytes_after / 1e6:.1f} MB, in {self.path}"
+        )
+        return "\n".join(lines)

@@ -1,0 +1,50 @@
+"""The only opener of files: mapped weights, arrays kept on disk, the cache, staging, and models written whole.
+
+files.py      opening, mapping, hashing, reading; writing whole or not at all; OSError -> a sentence
+arrays.py     named arrays in one safetensors file, read mapped; npz without pickle
+cache.py      what a killed run finds again; scratch folders
+staging.py    a published folder appears in one rename or not at all; its check
+models.py     an ONNX model written weight by weight
+"""
+
+from __future__ import annotations
+
+from lrcompile.store.arrays import read_arrays, read_npz, write_arrays
+from lrcompile.store.cache import Cache
+from lrcompile.store.files import (
+    io_errors,
+    map_file,
+    read_bytes,
+    read_json,
+    read_text,
+    sha256,
+    whole_file,
+    write_bytes,
+    write_json,
+    write_text,
+)
+from lrcompile.store.models import save_model
+from lrcompile.store.staging import MANIFEST, check_folder, check_out, fingerprints, staging
+
+__all__ = [
+    "MANIFEST",
+    "Cache",
+    "check_folder",
+    "check_out",
+    "fingerprints",
+    "io_errors",
+    "map_file",
+    "read_arrays",
+    "read_bytes",
+    "read_json",
+    "read_npz",
+    "read_text",
+    "save_model",
+    "sha256",
+    "staging",
+    "whole_file",
+    "write_arrays",
+    "write_bytes",
+    "write_json",
+    "write_text",
+]

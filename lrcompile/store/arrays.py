@@ -1,0 +1,111 @@
+"""Named arrays on disk: safetensors files that are read mapped, and npz files without pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lrcompile.errors import UsageError
+from lrcompile.store.files import io_errors, map_file, whole_file
+
+if TYPE_CHECKING:
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+# The safetensors names of the types that we keep.
+_TYPES = {
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "I64": "<i8",
+    "I32": "<i4",
+    "I8": "|i1",
+    "U8": "|u1",
+    "BOOL": "|b1",
+}
+_NAMES = {np.dtype(code): name for name, code in _TYPES.items()}
+
+
+def write_arrays(
+    path: Path | str, arrays: Mapping[str, Array], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write arrays as one safetensors file, whole or not at all, without a second copy of them in memory.
+
+    The file holds a SHA-256 of its data, by which `read_arrays` knows a damaged one.
+    Raises TypeError for a type that is not kept, UsageError or BuildError for the path.
+    """
+    stored = {name: np.ascontiguousarray(array).reshape(np.shape(array)) for name, array in arrays.items()}
+    header: dict[str, Any] = {}
+    position, digest = 0, hashlib.sha256()
+    for name, array in stored.items():
+        if array.dtype not in _NAMES:
+            raise TypeError(f"array {name!r} of type {array.dtype} cannot be stored")
+        end = position + array.nbytes
+        header[name] = {
+            "dtype": _NAMES[array.dtype],
+            "shape": list(array.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    header["__metadata__"] = {**(metadata or {}), "sha256": digest.hexdigest()}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 64)  # so that the arrays lie aligned
+    with whole_file(path) as file:
+        file.write((len(text)).to_bytes(8, "little") + text)
+        for array in stored.values():
+            file.write(array.reshape(-1).view(np.uint8).data)
+
+
+def read_arrays(path: Path | str) -> dict[str, Array]:
+    """The arrays that `write_arrays` wrote, read-only views of the mapped file.
+
+    Raises ValueError when the file is damaged, OSError when it cannot be opened.
+    """
+    data = map_file(path)
+    try:
+        length = int.from_bytes(data[:8].tobytes(), "little")
+        header = json.loads(data[8 : 8 + length].tobytes())
+        body = data[8 + length :]
+        if hashlib.sha256(body.data).hexdigest() != header.pop("__metadata__")["sha256"]:
+            raise ValueError("its hash is another one")
+        arrays = {}
+        for name, entry in header.items():
+            start, end = entry["data_offsets"]
+            arrays[name] = body[start:end].view(_TYPES[entry["dtype"]]).reshape(entry["shape"])
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, OverflowError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    return arrays
+
+
+def read_npz(path: Path | str) -> dict[str, Array]:
+    """The arrays of an ``.npz``, by name, in its order. Never unpickles.
+
+    Raises UsageError when the file is not usable, BuildError when memory runs out.
+    """
+    try:
+        with io_errors(path, "read"), np.load(path, allow_pickle=False) as archive:
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise UsageError(
+                    f"cannot read {path}: it holds one array without a name; np.savez gives each its name"
+                )
+            return {name: archive[name] for name in archive.files}
+    except (
+        ValueError,
+        EOFError,
+        KeyError,
+        zipfile.BadZipFile,
+        zipfile.LargeZipFile,
+        NotImplementedError,
+    ) as error:
+        what = (
+            "it holds Python objects"
+            if "pickle" in str(error).lower()
+            else "it is not an .npz file or is damaged"
+        )
+        raise UsageError(f"cannot read {path}: {what} ({error})") from error

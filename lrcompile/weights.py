@@ -1,0 +1,88 @@
+"""Weights as matrices: read from the mapped file when asked for, one at a time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+from onnx.reference import ReferenceEvaluator
+
+from lrcompile.graph import FLOATS, tensor_of
+from lrcompile.interfaces import Array, Factors
+from lrcompile.records import Site
+
+if TYPE_CHECKING:
+    from lrcompile.store import Cache
+
+
+class ModelWeights:
+    """The `interfaces.Weights` of one model. Holds on to the last matrix only; hashes are kept."""
+
+    def __init__(self, cache: Cache, opset: int) -> None:
+        self._cache = cache
+        self._opset = opset
+        self._hashes: dict[int, str] = {}
+        self._last: tuple[str, Array] | None = None
+
+    def matrix(self, site: Site) -> Array:
+        if self._last is None or self._last[0] != site.name:
+            stored = evaluate(site.root, self._opset)
+            matrix = np.ascontiguousarray(site.layout.apply(stored).astype(np.float64))
+            matrix.flags.writeable = False
+            self._last = (site.name, matrix)
+        return self._last[1]
+
+    def bias(self, site: Site) -> Array | None:
+        """b with output = scale (x W + b), whatever factors the node has before its addend."""
+        if site.bias is None or site.wiring is None:
+            return None
+        tensor = tensor_of(site.bias.value)
+        assert tensor is not None
+        b: Array = tensor.numpy().astype(np.float64).reshape(-1)
+        return b * (site.bias.scale / site.wiring.scale) if site.wiring.scale else None
+
+    def remember(self, key: tuple[str, ...], compute: Callable[[], Factors]) -> Factors:
+        return self._cache.remember(key, compute)
+
+    def key(self, site: Site) -> str:
+        digest = hashlib.sha256(repr((self._identity(site.root), site.layout)).encode())
+        return digest.hexdigest()
+
+    def itemsize(self, site: Site) -> int:
+        return storage_of(site).itemsize
+
+    def _identity(self, value: ir.Value | None) -> object:
+        tensor = tensor_of(value)
+        if tensor is not None:
+            if id(tensor) not in self._hashes:
+                array = np.ascontiguousarray(tensor.numpy())
+                self._hashes[id(tensor)] = hashlib.sha256(array.reshape(-1).view(np.uint8)).hexdigest()
+            return (tensor.dtype.name, tuple(tensor.shape), self._hashes[id(tensor)])
+        node = value.producer() if value is not None else None
+        if node is None:
+            return None
+        attributes = tuple(sorted((a.name, str(a.value)) for a in node.attributes.values()))
+        return (node.op_type, attributes, tuple(self._identity(v) for v in node.inputs))
+
+
+def storage_of(site: Site) -> ir.DataType:
+    """The type that factors of this site are stored in: the weight's own, or the computing type where that is no float."""
+    stored = ir.DataType[site.stored.upper()]
+    return stored if stored in FLOATS else ir.DataType[site.dtype.upper()]
+
+
+def evaluate(value: ir.Value, opset: int) -> Array:
+    """What a constant value holds: the tensor, or what Cast, DequantizeLinear and the like make of it."""
+    tensor = tensor_of(value)
+    if tensor is not None:
+        array: Array = tensor.numpy()
+        return array
+    node = value.producer()
+    assert node is not None
+    inputs = {v.name: evaluate(v, opset) for v in node.inputs if v is not None}
+    outputs = ReferenceEvaluator(ir.to_proto(node), opsets={"": opset}).run(None, inputs)
+    result: Array = outputs[node.outputs.index(value)]
+    return result

@@ -1,0 +1,1 @@
+"""The built-in factorizations: one file each, found by listing this folder."""
