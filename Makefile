@@ -1,6 +1,6 @@
 # Works on a machine that has only Python >= 3.11, make and a C library; the only network is the package index.
 #
-#   PYTHON       the interpreter that .venv is made with            make test PYTHON=/opt/py/bin/python3.11
+#   PYTHON       the interpreter that .venv is made with            make test PYTHON=/usr/local/bin/python3.11
 #   PIP_ARGS     more options for pip, say an index of CPU builds   make demo PIP_ARGS='--extra-index-url URL'
 #   PYTEST_ARGS  more options for pytest                            make test PYTEST_ARGS='-k svd -x'
 #   JOBS         processes that share the tests; 0: none beside     make test JOBS=2

@@ -19,8 +19,9 @@ import onnx_ir as ir
 
 from lrcompile.graph import nodes
 from lrcompile.interfaces import Array, BuildOptions, Engine
+from lrcompile.progress import Progress, silent
 from lrcompile.records import Finding, InputStatistics, Site, Step
-from lrcompile.store import open_array, save_model
+from lrcompile.store import new_folder, open_array, save_model
 
 if TYPE_CHECKING:
     from lrcompile.child import Child
@@ -64,7 +65,7 @@ class StoredStatistics:
 
 def calibrate(
     model: ir.Model, finding: Finding, feeds: Feeds, source_key: str, *, target: str, child: Child, cache: Cache,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
 ) -> StoredStatistics:
     """Statistics of every site in the main graph that can be taken. Cached: a killed run starts again where it was.
 
@@ -81,11 +82,11 @@ def calibrate(
             engine = None
             watched = {t.value for t in missing} - {v.name for v in model.graph.inputs}
             if watched:
-                path = save_model(_cut_to(model, watched), scratch / "taps")
+                path = save_model(_cut_to(model, watched), new_folder(scratch / "taps"))
                 engine = child.build(target, path, BuildOptions(target=target))
             for done, feed in enumerate(feeds):
                 child.call("lrcompile.calibrate:accumulate", engine, feed, tuple(missing), str(scratch))
-                progress(done + 1, len(feeds))
+                progress("calibrate", done + 1, len(feeds))
             if engine is not None:
                 engine.close()
             for index, tap in enumerate(missing):

@@ -10,7 +10,7 @@ outputs (timing loops, comparisons, second moments) is called there:
             seconds = child.call("lrcompile.bench:time_runs", engine, feeds, 10)
 
 Protocol: over a socket pair, one request and one reply at a time; each is a pickle whose arrays follow it as raw
-buffers (pickle protocol 5), so that they are copied once, by the kernel. An engine travels as a number.
+buffers (pickle protocol 5), so that only the kernel copies them. An engine travels as a number.
 A Child serves one thread at a time.
 """
 
@@ -43,45 +43,46 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from lrcompile import registry
 from lrcompile.errors import BuildError, LrcompileError
-from lrcompile.interfaces import BuildOptions, Engine
 
-if TYPE_CHECKING:
-    from lrcompile.interfaces import Array
+if TYPE_CHECKING:  # a child that is only started and killed need not import NumPy
+    from lrcompile.interfaces import Array, BuildOptions, Engine
 
 logger = logging.getLogger(__name__)
 
 # Python's own -m would make a second copy of this module, and would not find it where sys.path was changed at run time.
 _BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from lrcompile.child import serve; serve(*sys.argv[2:])"
-_START = 60.0  # seconds that the interpreter may take; never counted against a request
-_SLICE = 0.05  # seconds between two looks at the child's memory and at what it printed
+_START = 60.0  # seconds that the interpreter may take to start; not counted against a request
+_SLICE = 0.05  # seconds between two looks at the child's memory and at how much it printed
 _LOG = 1 << 20  # bytes kept of what it printed
-_MEMORY_WORDS = re.compile(r"memoryerror|bad[_ ]alloc|out of memory|memory allocation|(failed|cannot|unable) to allocate", re.I)
+_MEMORY_WORDS = re.compile(
+    r"memoryerror|bad[_ ]alloc|out of memory|memory allocation|(failed|cannot|unable) to allocate", re.I
+)
 
 
 class RemoteEngine:
-    """An engine that lives in a child; a context manager. Also an argument of `Child.call`."""
+    """An engine that lives in a child; a context manager. `Child.call` takes it as an argument."""
 
-    def __init__(self, child: Child, handle: int, path: Path, options: BuildOptions) -> None:
-        self._child, self._handle, self._options = child, handle, options
-        self._name = f"{path.name} on {options.target}"
+    def __init__(self, child: Child, handle: int, name: str, threads: int) -> None:
+        self._child, self._handle, self._name, self._threads = child, handle, name, threads
 
     def run(self, feeds: Mapping[str, Array], *, timeout: float | None = None) -> dict[str, Array]:
         """Outputs by name, in the model's order."""
-        result: dict[str, Array] = self._ask("run", feeds, what=f"running {self._name}", timeout=timeout)
+        result: dict[str, Array] = self._ask("run", feeds, timeout=timeout)
         return result
 
     def describe(self) -> dict[str, str]:
         """What really runs: provider, device, version."""
-        result: dict[str, str] = self._ask("describe", what=f"describing {self._name}", timeout=None)
+        result: dict[str, str] = self._ask("describe")
         return result
 
     def close(self) -> None:
-        """Free it; nothing happens when it or its process is gone."""
+        """Free it. Nothing happens when it or its process is gone."""
         self._child._release(self._handle)
 
-    def _ask(self, method: str, *args: object, what: str, timeout: float | None) -> Any:
+    def _ask(self, method: str, *args: object, timeout: float | None = None) -> Any:
+        what = f"{method} of {self._name}"
         return self._child.call(
-            "lrcompile.child:ask", self, method, *args, what=what, timeout=timeout, threads=self._options.threads
+            "lrcompile.child:ask", self, method, *args, timeout=timeout, threads=self._threads, what=what
         )
 
     def __enter__(self) -> RemoteEngine:
@@ -92,32 +93,36 @@ class RemoteEngine:
 
 
 class Child:
-    """The parent's side. timeout: seconds for a request. memory: bytes the child may hold; None: no limit.
+    """The parent's side. timeout: seconds for a request. memory: bytes the child may hold. None: no limit.
 
-    Memory is what the kernel calls RssAnon + RssShmem, looked at while we wait. An rlimit would count what is not
-    used: RLIMIT_AS all that is mapped or only reserved (CUDA reserves more than any machine has), RLIMIT_DATA also the
+    Memory is what the kernel calls RssAnon + RssShmem, looked at while we wait. An rlimit counts what is not used:
+    RLIMIT_AS all that is mapped or only reserved (CUDA reserves more than any machine has), RLIMIT_DATA also the
     weights that ONNX Runtime maps from their file, because it maps them private and writable.
     """
 
     def __init__(self, *, timeout: float | None = None, memory: int | None = None) -> None:
         self.timeout, self.memory = timeout, memory
+        self.deadline: float | None = None  # on the monotonic clock: no request may last beyond it
         self._process: subprocess.Popen[bytes] | None = None
-        self._socket: socket.socket | None = None
-        self._cleanup = contextlib.ExitStack()
-        self._log = -1
+        self._resources = contextlib.ExitStack()
         self._handles = itertools.count()
         self._live: set[int] = set()  # engines of the present process
 
     def build(
-        self, target: str, path: Path, options: BuildOptions, *, timeout: float | None = None, memory: int | None = None
+        self,
+        target: str,
+        path: Path,
+        options: BuildOptions,
+        *,
+        timeout: float | None = None,
+        memory: int | None = None,
     ) -> RemoteEngine:
         """Build an engine of a model file for a target, there. Raises BuildError, and PluginError without the runtime."""
-        options = dataclasses.replace(options, target=target)
-        engine = RemoteEngine(self, next(self._handles), path := Path(path).absolute(), options)
-        what = f"building {path.name} for {target}"
-        self._request("build", engine._handle, path, options, what=what, timeout=timeout, memory=memory, threads=options.threads)
-        self._live.add(engine._handle)
-        return engine
+        handle, path, threads = next(self._handles), Path(path).absolute(), options.threads
+        args = (handle, path, dataclasses.replace(options, target=target))
+        self._request("build", args, f"building {path.name} for {target}", timeout, memory, threads)
+        self._live.add(handle)
+        return RemoteEngine(self, handle, f"{path.name} on {target}", threads)
 
     def call(
         self,
@@ -126,22 +131,20 @@ class Child:
         timeout: float | None = None,
         memory: int | None = None,
         threads: int = 1,
-        what: str | None = None,
+        what: str = "",
     ) -> Any:
         """``module:function`` of these arguments, there, with so many BLAS threads. what: its name in error messages."""
-        return self._request(
-            "call", function, args, what=what or function, timeout=timeout, memory=memory, threads=threads
-        )
+        return self._request("call", (function, args), what or function, timeout, memory, threads)
 
     def close(self) -> None:
         """Kill it: there is nothing in it that is worth saving."""
-        process, self._process, self._socket = self._process, None, None
+        process, self._process = self._process, None
         self._live.clear()
         if process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # with all that a builder may have started
             process.wait()
-        self._cleanup.close()
+        self._resources.close()
 
     def __enter__(self) -> Child:
         return self
@@ -150,101 +153,111 @@ class Child:
         self.close()
 
     def _release(self, handle: int) -> None:
-        if handle in self._live:
-            self._live.discard(handle)
-            self._request("close", handle, what="closing an engine", timeout=None, memory=None, threads=1)
+        if handle in self._live and self._process is not None and self._process.poll() is None:
+            self._live.remove(handle)
+            self._request("close", (handle,), "closing an engine", None, None, 1)
+
+    def _request(
+        self,
+        kind: str,
+        args: tuple[object, ...],
+        what: str,
+        timeout: float | None,
+        memory: int | None,
+        threads: int,
+    ) -> Any:
+        timeout = self.timeout if timeout is None else timeout
+        if self.deadline is not None:
+            left = max(self.deadline - time.monotonic(), _SLICE)
+            timeout = left if timeout is None else min(timeout, left)
+        memory = self.memory if memory is None else memory
+        try:
+            if self._process is None or self._process.poll() is not None:
+                self._start()
+            frames = _dump((what, threads, kind, args), self._handle_of)
+            error, value, trace = self._exchange(frames, what, timeout, memory)
+        except LrcompileError:
+            raise
+        except BaseException:
+            self.close()  # interrupted, say: a reply that is still to come must not answer the next request
+            raise
+        if error is not None:
+            logger.debug("%s, in the child process:\n%s", what, trace)
+            raise error
+        return value
 
     def _start(self) -> None:
         self.close()
-        ours, theirs = socket.socketpair()
+        self._socket, theirs = socket.socketpair()
         lifeline, held = os.pipe()  # nobody writes: that its other end closes is the message
-        self._log = os.memfd_create("lrcompile-child")  # in memory: the disk may be full, and nothing is left behind
+        self._log = os.memfd_create(
+            "lrcompile-child"
+        )  # in memory: the disk may be full, and nothing is left behind
         fcntl.fcntl(self._log, fcntl.F_SETFL, os.O_APPEND)
-        self._socket = self._cleanup.enter_context(ours)
-        self._cleanup.callback(os.close, held)
-        self._cleanup.callback(os.close, self._log)
+        self._resources.enter_context(self._socket)
+        self._resources.callback(os.close, held)
+        self._resources.callback(os.close, self._log)
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-u", "-c", _BOOT, json.dumps(sys.path), str(theirs.fileno()), str(lifeline)],
+                [
+                    sys.executable,
+                    "-u",
+                    "-c",
+                    _BOOT,
+                    json.dumps(sys.path),
+                    str(theirs.fileno()),
+                    str(lifeline),
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
                 stderr=self._log,
                 pass_fds=(theirs.fileno(), lifeline),
                 start_new_session=True,  # a group of its own: killed as one, and deaf to the terminal's Ctrl-C
             )
+        except OSError as error:
+            self._fail(f"the child process cannot be started: {error}")
         finally:
             theirs.close()
             os.close(lifeline)
-        self._receive("starting the child process", _START, None)
-
-    def _request(
-        self, *message: object, what: str, timeout: float | None, memory: int | None, threads: int
-    ) -> Any:
-        timeout = self.timeout if timeout is None else timeout
-        memory = self.memory if memory is None else memory
-        try:
-            if self._process is None or self._process.poll() is not None:
-                self._start()
-            assert self._socket is not None
-            frames = _dump((what, threads, *message), self._handle_of)
-            os.ftruncate(self._log, 0)
-            started = time.monotonic()
-            try:
-                self._socket.settimeout(timeout)
-                _send(self._socket, frames)
-            except TimeoutError:
-                self._fail(f"{what}: time limit of {timeout:g} s reached")
-            except OSError:
-                self._crashed(what)
-            left = None if timeout is None else timeout - (time.monotonic() - started)
-            error, value, trace = self._receive(what, left, memory, timeout)
-        except LrcompileError:
-            raise
-        except BaseException:  # interrupted, say: the reply that is still to come must not answer the next request
-            self.close()
-            raise
-        if error is not None:
-            logger.debug("in the child process:\n%s", trace)
-            raise error
-        return value
+        self._exchange([], "starting the child process", _START, None)
 
     def _handle_of(self, value: object) -> int | None:
         if not isinstance(value, RemoteEngine):
             return None
         if value._child is not self or value._handle not in self._live:
-            raise BuildError(f"the engine of {value._name} is gone, because it was closed or its process ended: build it again")
+            raise BuildError(f"the engine of {value._name} was closed or its process ended: build it again")
         return value._handle
 
-    def _receive(self, what: str, left: float | None, memory: int | None, timeout: float | None = None) -> Any:
-        assert self._socket is not None
-        deadline = None if left is None else time.monotonic() + left
-        poll = select.poll()
-        poll.register(self._socket, select.POLLIN)
+    def _exchange(self, frames: list[Any], what: str, timeout: float | None, memory: int | None) -> Any:
+        """Send frames, if there are any, and wait for the reply."""
+        deadline = time.monotonic() + (1e9 if timeout is None else timeout)
         try:
+            self._socket.settimeout(timeout)
+            os.ftruncate(self._log, 0)
+            if frames:
+                _send(self._socket, frames)
+            poll = select.poll()
+            poll.register(self._socket, select.POLLIN)
             while not poll.poll(_SLICE * 1000):
-                if deadline is not None and time.monotonic() > deadline:
+                if time.monotonic() > deadline:
                     raise TimeoutError
-                if memory is not None and (used := self._memory()) > memory:
-                    self._fail(f"{what}: memory limit of {memory / 2**20:.0f} MB reached ({used / 2**20:.0f} MB used)")
+                if memory is not None and (used := self._used()) > memory:
+                    self._fail(f"{what}: memory limit of {memory >> 20} MB reached ({used >> 20} MB used)")
                 if os.fstat(self._log).st_size > _LOG:
                     os.ftruncate(self._log, 0)
-            self._socket.settimeout(None if deadline is None else max(deadline - time.monotonic(), _SLICE))
-            return _load(_recv(self._socket), None)
+            self._socket.settimeout(max(deadline - time.monotonic(), 1))
+            return _load(_receive(self._socket), None)
         except TimeoutError:
-            self._fail(f"{what}: time limit of {left if timeout is None else timeout:g} s reached")
+            self._fail(f"{what}: time limit of {timeout:g} s reached")
         except (EOFError, ConnectionError):
             self._crashed(what)
 
-    def _memory(self) -> int:
+    def _used(self) -> int:
         assert self._process is not None
-        with contextlib.suppress(OSError):
-            status = Path(f"/proc/{self._process.pid}/status").read_text()
-            return sum(int(kib) for kib in re.findall(r"^Rss(?:Anon|Shmem):\s+(\d+)", status, re.M)) << 10
-        return 0
-
-    def _fail(self, message: str) -> NoReturn:
-        self.close()
-        raise BuildError(message)
+        status = Path(
+            f"/proc/{self._process.pid}/status"
+        ).read_text()  # it may have died, but nobody else reaps it
+        return sum(int(kib) << 10 for kib in re.findall(r"^Rss(?:Anon|Shmem):\s+(\d+)", status, re.M))
 
     def _crashed(self, what: str) -> NoReturn:
         assert self._process is not None
@@ -263,9 +276,16 @@ class Child:
     def _last_words(self) -> str:
         size = os.fstat(self._log).st_size
         text = os.pread(self._log, 4096, max(0, size - 4096)).decode(errors="replace")
-        text = re.sub(r"\x1b\[[0-9;]*m|[^\S\n]+", " ", text)
-        lines = ["".join(c for c in line if c.isprintable()).strip() for line in text.splitlines()]
+        text = re.sub(r"\x1b\[[0-9;]*m", "", text)
+        lines = [
+            " ".join("".join(c if c.isprintable() else " " for c in line).split())
+            for line in text.splitlines()
+        ]
         return " | ".join([line for line in lines if line][-2:])[-400:]
+
+    def _fail(self, message: str) -> NoReturn:
+        self.close()
+        raise BuildError(message)
 
 
 # --- the child's side ---------------------------------------------------------------------------------------------
@@ -278,21 +298,17 @@ def serve(fd: str, lifeline: str) -> None:
     _die_with_parent(int(lifeline))
     os.set_inheritable(int(fd), False)
     engines: dict[int, Engine] = {}
-    with socket.socket(fileno=int(fd)) as connection:
-        _send(connection, _dump(None, lambda _: None))
+    with socket.socket(fileno=int(fd)) as connection, contextlib.suppress(EOFError, ConnectionError):
+        _send(connection, _dump("ready"))
         while True:
-            try:
-                frames = _recv(connection)
-            except (EOFError, ConnectionError):
-                return
-            _send(connection, _answer(frames, engines))
+            _send(connection, _answer(_receive(connection), engines))
 
 
 def _die_with_parent(lifeline: int) -> None:
     """Have the kernel kill our process group when the parent's end of the pipe closes, however the parent ended.
 
-    It works in the middle of a hanging builder, where nothing of Python runs; PR_SET_PDEATHSIG would too, but it
-    fires already when the *thread* ends that started us.
+    It works in the middle of a hanging builder, where nothing of Python runs. So does PR_SET_PDEATHSIG, but that one
+    already fires when the *thread* that started us ends.
     """
     os.set_inheritable(lifeline, False)
     fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
@@ -301,16 +317,17 @@ def _die_with_parent(lifeline: int) -> None:
 
 
 def _answer(frames: list[bytearray], engines: dict[int, Engine]) -> list[Any]:
+    """The reply: (error, value, traceback). Both pickles can fail too."""
     what = "reading a request"
     try:
-        what, threads, kind, *rest = _load(frames, engines.__getitem__)
-        return _dump((None, _HANDLERS[kind](engines, threads, *rest), ""), lambda _: None)
+        what, threads, kind, args = _load(frames, engines.__getitem__)
+        return _dump((None, _HANDLERS[kind](engines, threads, *args), ""))
     except LrcompileError as error:
-        return _dump((error, None, traceback.format_exc()), lambda _: None)
+        return _dump((error, None, traceback.format_exc()))
     except Exception as error:  # whatever a builder may raise
-        text = f"{type(error).__name__}: {' '.join(str(error).split())[:1000]}"
-        memory = "out of memory: " if _MEMORY_WORDS.search(text) else ""
-        return _dump((BuildError(f"{what}: {memory}{text}"), None, traceback.format_exc()), lambda _: None)
+        text = f"{type(error).__name__}: {str(error)[:1000]}"
+        reason = "out of memory: " if _MEMORY_WORDS.search(text) else ""
+        return _dump((BuildError(f"{what}: {reason}{text}"), None, traceback.format_exc()))
 
 
 def _build(engines: dict[int, Engine], threads: int, handle: int, path: Path, options: BuildOptions) -> None:
@@ -348,26 +365,22 @@ def _blas_threads(threads: int) -> contextlib.AbstractContextManager[object]:
 # --- the wire -----------------------------------------------------------------------------------------------------
 
 
-def _dump(message: object, handle_of: Callable[[object], int | None]) -> list[Any]:
+def _dump(message: object, handle_of: Callable[[object], int | None] | None = None) -> list[Any]:
     """Frames of a message: the pickle, then the raw bytes of its arrays."""
     buffers: list[pickle.PickleBuffer] = []
-
-    class Pickler(pickle.Pickler):
-        def persistent_id(self, value: object) -> int | None:
-            return handle_of(value)
-
     file = io.BytesIO()
-    Pickler(file, protocol=5, buffer_callback=buffers.append).dump(message)
+    pickler = pickle.Pickler(file, protocol=5, buffer_callback=buffers.append)
+    if handle_of is not None:
+        pickler.persistent_id = handle_of  # type: ignore[method-assign]
+    pickler.dump(message)
     return [file.getbuffer(), *(buffer.raw() for buffer in buffers)]
 
 
 def _load(frames: list[bytearray], engine_of: Callable[[int], Engine] | None) -> Any:
-    class Unpickler(pickle.Unpickler):
-        def persistent_load(self, handle: int) -> Engine:
-            assert engine_of is not None
-            return engine_of(handle)
-
-    return Unpickler(io.BytesIO(frames[0]), buffers=frames[1:]).load()
+    unpickler = pickle.Unpickler(io.BytesIO(frames[0]), buffers=frames[1:])
+    if engine_of is not None:
+        unpickler.persistent_load = engine_of  # type: ignore[method-assign]
+    return unpickler.load()
 
 
 def _send(connection: socket.socket, frames: list[Any]) -> None:
@@ -377,7 +390,7 @@ def _send(connection: socket.socket, frames: list[Any]) -> None:
         connection.sendall(frame)
 
 
-def _recv(connection: socket.socket) -> list[bytearray]:
+def _receive(connection: socket.socket) -> list[bytearray]:
     (count,) = struct.unpack("<Q", _read(connection, 8))
     return [_read(connection, size) for size in struct.unpack(f"<{count}Q", _read(connection, 8 * count))]
 

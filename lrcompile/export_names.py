@@ -8,6 +8,7 @@ torch writes the module path of a node into its metadata `pkg.torch.onnx.name_sc
 from __future__ import annotations
 
 import ast
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -19,8 +20,13 @@ from lrcompile.errors import ModelError
 
 __all__ = ["module_path", "name_cache", "name_dimensions", "name_nodes", "name_weights", "strip_metadata"]
 
+logger = logging.getLogger(__name__)
+
 SCOPES = "pkg.torch.onnx.name_scopes"
 _CACHE = re.compile(r"(input|output)\.past_key_values\.layers\.(\d+)\.(key|value)s")
+_RANGES = "pkg.torch.export.ExportedProgram.range_constraints"
+_FIXED = re.compile(r"(\w+): VR\[(\d+), \2\]")  # how torch says that it took a symbol for one number
+_BOUNDED = re.compile(r"(\w+): VR\[\d+, (\d+)\]")
 _SYMBOL = re.compile(r"[A-Za-z_]\w*")
 
 
@@ -78,9 +84,11 @@ def name_cache(model: ir.Model) -> None:
 def name_dimensions(model: ir.Model, axes: Mapping[str, Mapping[int, str]]) -> None:
     """Give symbolic dimensions the names in `axes` everywhere, and turn symbols that are numbers into numbers.
 
-    Raises ModelError when the model fixes an axis that `axes` calls dynamic.
+    Raises ModelError when the model fixes an axis that `axes` calls dynamic; warns where it bounds one.
     """
-    meaning: dict[str, str] = {}
+    ranges = model.graph.metadata_props.get(_RANGES, "")
+    fixed: dict[str, str] = dict(_FIXED.findall(ranges))
+    meaning = dict(fixed)
     inputs = {value.name: value for value in model.graph.inputs}
     for name, named in axes.items():
         if name not in inputs:  # the model does not read it
@@ -88,12 +96,17 @@ def name_dimensions(model: ir.Model, axes: Mapping[str, Mapping[int, str]]) -> N
         shape = inputs[name].shape
         assert shape is not None  # torch always writes the shapes of inputs
         for axis, text in named.items():
-            size = _dimension(shape[axis], {})
+            size = _dimension(shape[axis], fixed)
             if isinstance(size, int):
                 raise ModelError(
                     f"input {name!r}: axis {axis} ({text}) cannot be dynamic, the model fixes it at {size}"
                 )
             meaning.setdefault(str(size), text)
+    for symbol, most in _BOUNDED.findall(ranges):
+        if symbol not in fixed:  # a table of positions ends there, or the code of the model branches there
+            logger.warning(
+                "dimension %s: the model was traced for sizes up to %s", meaning.get(symbol, symbol), most
+            )
     for value in _values(model):
         if value.shape is not None and not value.is_initializer():
             value.shape = ir.Shape([_dimension(dim, meaning) for dim in value.shape])
@@ -104,20 +117,18 @@ def _dimension(dim: int | ir.SymbolicDim, meaning: Mapping[str, str]) -> int | s
     text = dim if isinstance(dim, int) else dim.value
     if text is None or isinstance(text, int):
         return text
-    if text.lstrip("-").isdigit():
-        return int(text)
     if text in meaning:
-        return meaning[text]
-    terms = [meaning.get(term, term) for term in text.split(" + ")]
-    if all(_SYMBOL.fullmatch(term) for term in terms):
-        return " + ".join(sorted(terms))  # torch's order follows its symbols; ours must not
-    named = _SYMBOL.sub(lambda symbol: meaning.get(symbol[0], symbol[0]), text)
-    return named if "past + sequence" not in named else _SYMBOL.sub(lambda s: _bracket(meaning, s[0]), text)
+        text = meaning[text]
+    elif not text.isdigit():
+        terms = [meaning.get(term, term) for term in text.split(" + ")]
+        if all(_SYMBOL.fullmatch(term) for term in terms):
+            return " + ".join(sorted(terms))  # torch's order follows its symbols; ours must not
+        text = _SYMBOL.sub(lambda symbol: _factor(meaning.get(symbol[0], symbol[0])), text)
+    return int(text) if text.isdigit() else text
 
 
-def _bracket(meaning: Mapping[str, str], symbol: str) -> str:
-    text = meaning.get(symbol, symbol)
-    return text if _SYMBOL.fullmatch(text) else f"({text})"
+def _factor(text: str) -> str:
+    return text if _SYMBOL.fullmatch(text) or text.isdigit() else f"({text})"
 
 
 def strip_metadata(model: ir.Model) -> None:

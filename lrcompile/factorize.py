@@ -7,15 +7,17 @@ memory at a time.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
 import numpy as np
 import onnx_ir as ir
 
 from lrcompile.errors import PluginError
+from lrcompile.factors import FactorSet
 from lrcompile.interfaces import Array, Constant, Factorization, Factors, StatisticsSource, Weights
+from lrcompile.progress import Progress, silent
 from lrcompile.records import Candidate, Cost, Decision, Group, InputStatistics, Plan, Site
 from lrcompile.weights import storage_of
 
@@ -25,22 +27,6 @@ logger = logging.getLogger(__name__)
 _ROUNDING = {ir.DataType.DOUBLE: 1e-12, ir.DataType.FLOAT: 1e-6, ir.DataType.FLOAT16: 4e-3, ir.DataType.BFLOAT16: 4e-2}
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class FactorSet:
-    """The factors of one decision. load: reads them, as stored. storage: their type. shapes: of each array.
-
-    measured: the group's relative error with these very arrays, by the calibration's statistics.
-    """
-
-    decision: Decision
-    group: Group
-    method: Factorization
-    storage: ir.DataType
-    shapes: Mapping[str, tuple[int, ...]]
-    measured: float
-    load: Callable[[], Factors] = field(repr=False)
-
-
 def factorize(
     plan: Plan,
     groups: Mapping[str, Group],
@@ -48,13 +34,13 @@ def factorize(
     statistics: StatisticsSource | None,
     methods: Mapping[str, Factorization],
     seed: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
 ) -> tuple[FactorSet, ...]:
     """Factors of every decision that rewrites. Raises PluginError when a factorization broke its claim."""
     made = []
     for index, decision in enumerate(plan.rewritten):
         made.append(_one(decision, groups[decision.group], methods[decision.method], weights, statistics, seed))
-        progress(index + 1, len(plan.rewritten))
+        progress("factorize", index + 1, len(plan.rewritten))
     return tuple(made)
 
 
@@ -132,12 +118,6 @@ def annotate(plan: Plan, sets: Sequence[FactorSet]) -> Plan:
             replace(d, claimed_error=measured[d.group]) if d.group in measured and not d.bound else d for d in plan.decisions
         ),
     )
-
-
-def bias_in_place(site: Site, corrected: Array) -> Array:
-    """A corrected b of y = scale (x W + b), back in the constant that the graph adds."""
-    assert site.bias is not None and site.wiring is not None
-    return (corrected * (site.wiring.scale / site.bias.scale)).reshape(site.bias.shape)
 
 
 # Cached arrays are raw bytes, because bfloat16 and float16 are no types of the store; the name carries the rest.

@@ -22,6 +22,7 @@ from lrcompile.interfaces import Array
 from lrcompile.store import load_function, read_npz
 
 Feed = Mapping[str, Array]
+Data = str | Path | Iterable[Feed] | Callable[[], Iterable[Feed]]
 
 # Through these an integer input is still the same ids when it reaches a Gather.
 _ID_CARRIERS = frozenset({"Cast", "Reshape", "Unsqueeze", "Squeeze", "Identity", "Transpose", "Slice", "Flatten", "Expand", "Concat"})
@@ -77,7 +78,7 @@ def inputs_of(model: ir.Model) -> tuple[Input, ...]:
     return tuple(found)
 
 
-def open_feeds(data: str | Path | Iterable[Feed] | Callable[[], Iterable[Feed]], inputs: Sequence[Input], batch: int = 8) -> Feeds:
+def open_feeds(data: Data, inputs: Sequence[Input], batch: int = 8) -> Feeds:
     """Feeds from what a user gave. Raises UsageError naming the file, the input and what is wrong with it."""
     source, origin = _source(data, inputs, batch)
     known = {i.name: i for i in inputs}
@@ -99,9 +100,7 @@ def open_feeds(data: str | Path | Iterable[Feed] | Callable[[], Iterable[Feed]],
     return Feeds(checked, count, digest.hexdigest(), origin)
 
 
-def _source(
-    data: str | Path | Iterable[Feed] | Callable[[], Iterable[Feed]], inputs: Sequence[Input], batch: int
-) -> tuple[Callable[[], Iterable[Feed]], str]:
+def _source(data: Data, inputs: Sequence[Input], batch: int) -> tuple[Callable[[], Iterable[Feed]], str]:
     if callable(data):
         return data, "the given function"
     if not isinstance(data, (str, Path)):
@@ -169,6 +168,16 @@ def _fit(array: Array, want: Input, where: str) -> Array:
         if bad:
             raise UsageError(f"{where}: input {want.name!r} has shape {array.shape}, the model reads {want.shape}")
     return array
+
+
+def calibration_and_held_out(
+    data: Data | None, verify_data: Data | None, inputs: Sequence[Input], batch: int
+) -> tuple[Feeds | None, Feeds | None]:
+    """The feeds to learn from and those to judge by: the last quarter of the data, when nothing else is given for that."""
+    known = open_feeds(data, inputs, batch) if data is not None else None
+    if verify_data is not None:
+        return known, open_feeds(verify_data, inputs, batch)
+    return known.split() if known is not None else (None, None)
 
 
 # --- drawn from the graph -----------------------------------------------------------------------------------------

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
-import onnx_ir.passes.common  # noqa: F401  (makes ir.passes.common an attribute)
+import onnx_ir.passes.common as common
 
 if TYPE_CHECKING:
     Array = np.ndarray[Any, np.dtype[Any]]
@@ -136,20 +136,31 @@ def opset_of(model: ir.Model) -> int:
     return model.opset_imports.get("", 1)
 
 
-def ranks_of(model: ir.Model) -> dict[ir.Value, int]:
-    """Number of axes of every value for which onnx's shape inference finds it. The model is not changed."""
+def shapes_of(model: ir.Model, inputs: Mapping[str, tuple[int, ...]] | None = None) -> dict[ir.Value, ir.Shape]:
+    """Shape of every value for which onnx's shape inference finds one. The model is not changed.
+
+    inputs: shapes to assume for graph inputs; with them most shapes become numbers.
+    """
     copy = model.clone()
+    for value in copy.graph.inputs:
+        if inputs is not None and value.name in inputs:
+            value.shape = ir.Shape(inputs[value.name])
+    if inputs is not None:  # what the file says of inner values would be held against the numbers
+        for _, node in nodes(copy):
+            for value in node.outputs:
+                if not value.is_graph_output():
+                    value.shape = None
     try:
-        ir.passes.common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(copy)
-    except Exception as error:  # inference is a help: what it cannot do only leaves ranks unknown
+        common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=inputs is not None)(copy)
+    except Exception as error:  # inference is a help: what it cannot do only leaves shapes unknown
         logger.warning("shape inference failed, some sites may be left out: %s", error)
-    ranks: dict[ir.Value, int] = {}
+    shapes: dict[ir.Value, ir.Shape] = {}
     for ours, theirs in zip(bodies(model), bodies(copy), strict=True):
         pairs = [*zip(ours.graph.inputs, theirs.graph.inputs, strict=True)]
         for a, b in zip(ours.graph, theirs.graph, strict=True):
             pairs += zip(a.outputs, b.outputs, strict=True)
-        ranks.update({a: len(b.shape) for a, b in pairs if b.shape is not None})
-    return ranks
+        shapes.update({a: b.shape for a, b in pairs if b.shape is not None})
+    return shapes
 
 
 class Names:

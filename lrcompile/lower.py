@@ -17,12 +17,11 @@ from lrcompile.interfaces import Rewrite
 logger = logging.getLogger(__name__)
 
 
-def lower(model: ir.Model, rewrites: Sequence[Rewrite]) -> tuple[tuple[str, int], ...]:
-    """Inline our functions, then apply the target's rewrites. Returns how often each applied."""
+def lower(model: ir.Model, rewrites: Sequence[Rewrite]) -> ir.Model:
+    """Inline our functions, then apply the target's rewrites; gives back the same model."""
     common.InlinePass(criteria=lambda function: function.domain == DOMAIN)(model)
     for body in bodies(model):
         body.graph.opset_imports.pop(DOMAIN, None)
-    applied = tuple((rewrite.name, rewrite(model)) for rewrite in rewrites)
-    for name, count in applied:
-        logger.info("%s applied %d times", name, count)
-    return applied
+    for rewrite in rewrites:
+        logger.info("%s applied %d times", rewrite.name, rewrite(model))
+    return model

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from lrcompile.cost import dense_flops, stored_bytes
 from lrcompile.errors import BudgetError, UsageError
 from lrcompile.interfaces import CandidateOptions, Factorization, StatisticsSource, Weights
+from lrcompile.progress import Progress, silent
 from lrcompile.records import Budget, Candidate, Decision, Evidence, Finding, Group, Plan, Refusal, Site
 
 # Kernels like ranks in eights; matrices this small are fitted exactly.
@@ -50,7 +51,6 @@ class Trial:
 
     plan: Plan
     evidence: Evidence
-    passed: bool
 
 
 def eligible(site: Site, tied: bool, budget: Budget, include: str | None, exclude: str | None) -> str | None:
@@ -77,7 +77,7 @@ def prepare(
     supports: Supports = lambda decision: None,
     include: str | None = None,
     exclude: str | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
 ) -> Problem:
     """Curves of every group, computed once; all plans of a search choose from them."""
     _check_patterns(include, exclude)
@@ -95,7 +95,7 @@ def prepare(
             curves.append(curve)
             total += group.elements
             fixed += 0 if curve.candidates else group.elements
-        progress(index + 1, len(units))
+        progress("plan", index + 1, len(units))
     tied = {s.weight for g in units if g.kind == "tied" for s in g.sites}
     for site in {s.weight: s for s in finding.sites if s.refusal is not None}.values():
         if eligible(site, site.weight in tied, budget, include, exclude) is None:
@@ -157,7 +157,7 @@ def _costs(candidate: Candidate, dense: Decision) -> str | None:
     return None
 
 
-def plan(problem: Problem) -> Plan:
+def choose(problem: Problem) -> Plan:
     """The first plan for the problem's budget. Raises BudgetError when no plan keeps it."""
     budget = problem.budget
     if budget.keep is not None:
@@ -166,19 +166,23 @@ def plan(problem: Problem) -> Plan:
         energy = budget.energy
         return _assemble(problem, lambda curve: _by_energy(curve, energy))
     if budget.rank is not None:
-        return _assemble(problem, lambda curve: (curve.candidates[-1], "rank as asked") if curve.candidates else None)
+        return _assemble(problem, _as_asked)
     return _at_ratio(problem, 0.5)
+
+
+def _as_asked(curve: Curve) -> tuple[Candidate, str] | None:
+    """The best candidate of the one rank that there is."""
+    best = min(curve.candidates, key=lambda c: (c.error, c.cost.parameters), default=None)
+    return None if best is None else (best, "rank as asked")
 
 
 def revise(problem: Problem, trials: Sequence[Trial]) -> Plan | None:
     """The next plan to try, or None when the search is over. Only an error limit alone makes a search."""
     budget = problem.budget
-    if not budget.max_error or any(v is not None for v in (budget.keep, budget.energy, budget.rank)) or not trials:
+    if not budget.max_error or budget.bounds_size or not trials or trials[-1].plan.ratio is None:
         return None
-    if trials[-1].plan.ratio is None:
-        return None
-    passed = [t.plan.ratio for t in trials if t.passed and t.plan.ratio is not None]
-    failed = [t.plan.ratio for t in trials if not t.passed and t.plan.ratio is not None]
+    ratios = [(t.plan.ratio or 1.0, t.evidence.verdict != "failed") for t in trials]
+    passed, failed = [r for r, ok in ratios if ok], [r for r, ok in ratios if not ok]
     high, low = min(passed, default=1.0), max(failed, default=0.0)
     if high - low <= _RATIO_STEP:
         return None

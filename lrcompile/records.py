@@ -53,6 +53,11 @@ class Source:
     opset: int
     notes: tuple[str, ...] = ()
 
+    @property
+    def key(self) -> str:
+        """Names model and weights in caches."""
+        return "|".join((self.sha256, *(f"{name}:{sha}" for name, sha in self.weights)))
+
 
 # --- find ---------------------------------------------------------------------------------------------------------
 
@@ -315,6 +320,11 @@ class Budget:
     max_error: tuple[Limit, ...] = ()
     objective: str = "size"
 
+    @property
+    def bounds_size(self) -> bool:
+        """Whether something other than the error limit binds."""
+        return any(v is not None for v in (self.keep, self.energy, self.rank))
+
     def __str__(self) -> str:
         parts = [f"{n} {v}" for n in ("keep", "energy", "rank") if (v := getattr(self, n)) is not None]
         if self.max_error:
@@ -401,7 +411,7 @@ class OutputEvidence:
     snr_db: float | None  # None: nothing moved at all
     cosine: float
     max_abs: float
-    noise_floor: float
+    noise_floor: float = 0.0
     kl: float | None = None
     top1: float | None = None
 
@@ -416,6 +426,11 @@ class Evidence:
     verdict: Literal["passed", "failed", "unchanged"]
     metric: tuple[float, float] | None = None  # original's and compiled's
     failures: tuple[str, ...] = ()
+
+    def with_noise(self, relative: Mapping[str, float]) -> Evidence:
+        """The same with each output's noise floor filled in."""
+        outputs = tuple((n, dataclasses.replace(o, noise_floor=relative.get(n, 0.0))) for n, o in self.outputs)
+        return dataclasses.replace(self, outputs=outputs)
 
     def to_json(self) -> dict[str, Any]:
         document = dataclasses.asdict(self)
@@ -462,7 +477,6 @@ class Result:
     path: Path
     plan: Plan
     evidence: Evidence
-    sites: tuple[SiteReport, ...]
     totals: Totals
     manifest: Mapping[str, Any] = field(repr=False)
 

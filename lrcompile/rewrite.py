@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from lrcompile.factorize import FactorSet, bias_in_place
+from lrcompile.factors import FactorSet, bias_in_place
 from lrcompile.graph import DOMAIN, Builder, Names, mark_constants, nodes, opset_of
 from lrcompile.interfaces import Array, Call, Constant
 from lrcompile.records import Site, Step

@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lrcompile import wiring
-from lrcompile.graph import FLOATS, is_overridable, mark_constants, nodes, ranks_of, tensor_of
+from lrcompile.graph import FLOATS, is_overridable, mark_constants, nodes, shapes_of, tensor_of
 from lrcompile.grouping import groups_of
 from lrcompile.records import Bias, Finding, Kind, Layout, Site
 
@@ -50,7 +50,7 @@ _NUMBER_OPS = frozenset({"Cast", "DequantizeLinear", "Mul"})
 def find(model: ir.Model) -> Finding:
     """All sites of the model and their groups. Pure: the model is not changed (IR 3 constants are marked in `meta`)."""
     mark_constants(model)
-    ranks = ranks_of(model)
+    ranks = {value: len(shape) for value, shape in shapes_of(model).items()}
     finite: dict[int, bool] = {}
     sites: list[Site] = []
     used: set[str] = set()

@@ -4,12 +4,14 @@ files.py      opening, mapping, hashing, reading; writing whole or not at all; O
 arrays.py     named arrays in one safetensors file, read mapped; npz without pickle
 cache.py      what a killed run finds again; scratch folders
 staging.py    a published folder appears in one rename or not at all; its check
+folders.py    new folders, copies
+scripts.py    functions out of a user's Python file
 models.py     an ONNX model written weight by weight
 """
 
 from __future__ import annotations
 
-from lrcompile.store.arrays import read_arrays, read_npz, write_arrays
+from lrcompile.store.arrays import open_array, read_arrays, read_npz, write_arrays
 from lrcompile.store.cache import Cache
 from lrcompile.store.files import (
     io_errors,
@@ -23,7 +25,9 @@ from lrcompile.store.files import (
     write_json,
     write_text,
 )
+from lrcompile.store.folders import copy_file, copy_folder, default_cache, new_folder, remove_folder
 from lrcompile.store.models import save_model
+from lrcompile.store.scripts import load_function
 from lrcompile.store.staging import MANIFEST, check_folder, check_out, fingerprints, staging
 
 __all__ = [
@@ -31,9 +35,16 @@ __all__ = [
     "Cache",
     "check_folder",
     "check_out",
+    "copy_file",
+    "copy_folder",
+    "default_cache",
     "fingerprints",
     "io_errors",
+    "load_function",
+    "new_folder",
+    "remove_folder",
     "map_file",
+    "open_array",
     "read_arrays",
     "read_bytes",
     "read_json",

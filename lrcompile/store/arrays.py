@@ -109,3 +109,12 @@ def read_npz(path: Path | str) -> dict[str, Array]:
             else "it is not an .npz file or is damaged"
         )
         raise UsageError(f"cannot read {path}: {what} ({error})") from error
+
+
+def open_array(path: Path | str, shape: tuple[int, ...]) -> Array:
+    """A float64 array of zeros that lives in a file, mapped for reading and writing; the same array when it is there."""
+    import numpy as np
+
+    path = Path(path)
+    with io_errors(path, "write"):
+        return np.memmap(path, np.float64, "r+" if path.exists() else "w+", shape=shape)

@@ -41,6 +41,10 @@ class Cache:
         digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
         return self.root / "arrays" / digest[:2] / f"{digest}.safetensors"
 
+    def has(self, key: tuple[str, ...]) -> bool:
+        """Whether `remember` would find this key."""
+        return self.path(key).is_file()
+
     def remember(
         self, key: tuple[str, ...], compute: Callable[[], Mapping[str, Array]]
     ) -> Mapping[str, Array]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,23 +33,32 @@ def save_model(
     Files already there are replaced, so that who has them mapped keeps the old ones. The model is left as it was.
     Raises UsageError or BuildError as the disk says.
     """
+    path = Path(folder) / name
+    held = _outside_the_graph(model)
+    total = sum(tensor.nbytes for tensor in held)
+    places = _write_data(held, path) if external or total > LARGE else {}
+    light, held = detach(model, places)
+    with whole_file(path, durable=False) as file:
+        for piece in wire.fill(light):
+            file.write(tensor_bytes(held[piece.number]) if isinstance(piece, wire.Gap) else piece)
+    return path
+
+
+def detach(
+    model: ir.Model, places: Mapping[int, tuple[str, int]] | None = None
+) -> tuple[bytes, list[ir.TensorProtocol]]:
+    """The serialized model without its weights, and these: the tensor at location `wire.HELD`, offset i, is the i-th.
+
+    places: location and offset, by the tensor's id, of those that lie in a file already. The model is left as it was.
+    """
     import onnx_ir as ir  # heavy, and wanted by no other part of the store
 
-    path = Path(folder) / name
-    tensors: dict[int, ir.TensorProtocol] = {}
-
-    def collect(tensor: ir.TensorProtocol) -> None:
-        outside = isinstance(tensor, ir.ExternalTensor)
-        if tensor.dtype != ir.DataType.STRING and (outside or tensor.nbytes > SMALL):
-            tensors[id(tensor)] = tensor
-
-    replace_tensors(model, collect)
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    places = _write_data(tensors, path) if external or total > LARGE else {}
+    places = places or {}
+    wanted = {id(tensor) for tensor in _outside_the_graph(model)}
     held: list[ir.TensorProtocol] = []
 
     def stand_in(tensor: ir.TensorProtocol) -> ir.TensorProtocol | None:
-        if id(tensor) not in tensors:
+        if id(tensor) not in wanted:
             return None
         location, offset = places.get(id(tensor), (wire.HELD, len(held)))
         if location == wire.HELD:
@@ -67,27 +76,38 @@ def save_model(
 
     undo = replace_tensors(model, stand_in)
     try:
-        light = ir.to_proto(model).SerializeToString(deterministic=True)
+        return ir.to_proto(model).SerializeToString(deterministic=True), held
     finally:
         undo()
-    with whole_file(path, durable=False) as file:
-        for piece in wire.fill(light):
-            file.write(tensor_bytes(held[piece.number]) if isinstance(piece, wire.Gap) else piece)
-    return path
 
 
-def _write_data(tensors: dict[int, ir.TensorProtocol], path: Path) -> dict[int, tuple[str, int]]:
+def _outside_the_graph(model: ir.Model) -> list[ir.TensorProtocol]:
+    """The tensors that are not serialized with the graph, each once: those that are not small or lie in a file."""
+    import onnx_ir as ir
+
+    tensors: dict[int, ir.TensorProtocol] = {}
+
+    def collect(tensor: ir.TensorProtocol) -> None:
+        in_file = isinstance(tensor, ir.ExternalTensor)
+        if tensor.dtype != ir.DataType.STRING and (in_file or tensor.nbytes > SMALL):
+            tensors[id(tensor)] = tensor
+
+    replace_tensors(model, collect)
+    return list(tensors.values())
+
+
+def _write_data(tensors: list[ir.TensorProtocol], path: Path) -> dict[int, tuple[str, int]]:
     """Write the weights one after another; gives each its location and offset."""
     places: dict[int, tuple[str, int]] = {}
     data = path.with_name(f"{path.name}.data")
     with whole_file(data, durable=False) as file:
         position = 0
-        for key, tensor in tensors.items():
+        for tensor in tensors:
             if tensor.nbytes <= SMALL:
                 continue
             padding = -position % ALIGNMENT
             file.write(b"\0" * padding)
-            places[key] = (data.name, position + padding)
+            places[id(tensor)] = (data.name, position + padding)
             position += padding + file.write(tensor_bytes(tensor))
     return places
 

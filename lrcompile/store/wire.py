@@ -42,6 +42,7 @@ DATA: dict[int, tuple[int, ...] | None] = {
     9: None,
     10: (11, 15),
 }  # float_data, raw_data, double_data
+TYPED = ("float_data", "int32_data", "string_data", "int64_data", "double_data", "uint64_data")
 
 BIG = 1 << 16  # bytes; what is smaller is cheap to parse
 MAX_FIELDS = 5_000_000
@@ -119,9 +120,6 @@ def _take_out(data: memoryview, start: int, end: int, big: int) -> list[Piece] |
         return None
     place(tensor, SELF, body, stop - body)
     return [tensor.SerializeToString()]
-
-
-TYPED = ("float_data", "int32_data", "string_data", "int64_data", "double_data", "uint64_data")
 
 
 def _put_in(data: bytes) -> list[Piece] | None:

@@ -122,8 +122,12 @@ class Builder:
         self.open: list[Tensor] = []  # results that nobody has read yet
         self.expected: list[Expected] = []
         self.functions: list[onnx.FunctionProto] = []
+        self.needs_rank: set[int] = (
+            set()
+        )  # which of them a compiler can only take where it knows the rank of x
         self.tags: list[str] = []
         self.wanted: dict[str, str] = {}  # features that must come: "hidden", "values", "fate" -> entry
+        self.reference = False  # onnx.reference is the only runtime: keep to what it knows
         self.frozen = False
         self._names = 0
 
@@ -150,23 +154,38 @@ class Builder:
         tensor = array if isinstance(array, onnx.TensorProto) else numpy_helper.from_array(np.asarray(array))
         tensor.name = name
         in_function = self.scope.path.startswith("function")
+        if node and self.opset < 9 and tensor.data_type not in NUMPY:
+            node = False  # Constant takes integers from opset 9 on
         if node or in_function or (self.ir < 4 and self.scope is not self.main):
             tensor.name = ""
-            self.scope.nodes.append(helper.make_node("Constant", [], [name], name=self.name("Constant"), value=tensor))
+            self.scope.nodes.append(
+                helper.make_node("Constant", [], [name], name=self.name("Constant"), value=tensor)
+            )
         else:
             self.scope.initializers.append(tensor)
         return name
 
     # nodes ---------------------------------------------------------------------------------------------------
 
-    def emit(self, op: str, inputs: Sequence[str], *, outputs: int = 1, domain: str = "", **attributes: Any) -> str:
+    def emit(
+        self, op: str, inputs: Sequence[str], *, outputs: int = 1, domain: str = "", **attributes: Any
+    ) -> str:
         """A node in the current scope; the name of its first output."""
         names = [self.name(op.lower()) for _ in range(outputs)]
         node = helper.make_node(op, list(inputs), names, name=self.name(op), domain=domain, **attributes)
         self.scope.nodes.append(node)
         return names[0]
 
-    def use(self, op: str, inputs: Sequence[str], weight: Weight, *, reason: str = "", certain: bool = True, **kw: Any) -> str:
+    def use(
+        self,
+        op: str,
+        inputs: Sequence[str],
+        weight: Weight,
+        *,
+        reason: str = "",
+        certain: bool = True,
+        **kw: Any,
+    ) -> str:
         """`emit`, and note that the weight is used here; reason: why this use is not taken."""
         self.expect(op, weight, reason=reason, certain=certain)
         return self.emit(op, inputs, **kw)
@@ -174,7 +193,9 @@ class Builder:
     def expect(self, op: str, weight: Weight, *, reason: str = "", certain: bool = True) -> None:
         reason = weight.reason or reason
         where = self.scope.path
-        self.expected.append(Expected(op, weight.stored, weight.stored_shape, not reason, reason, certain, where))
+        self.expected.append(
+            Expected(op, weight.stored, weight.stored_shape, not reason, reason, certain, where)
+        )
 
     def axes(self, op: str, value: str, axes: Sequence[int]) -> str:
         """Unsqueeze or Squeeze: axes are an attribute before opset 13, an input since."""
@@ -191,7 +212,9 @@ class Builder:
         """Axis 0 means more than a batch from here on: every feed has the same shapes."""
         self.frozen = True
 
-    def input(self, shape: Sequence[int], dtype: int | None = None, make: Any = None, free: bool = True) -> Tensor:
+    def input(
+        self, shape: Sequence[int], dtype: int | None = None, make: Any = None, free: bool = True
+    ) -> Tensor:
         dtype = dtype or self.dtype
         if make is None:
             target = NUMPY[dtype]
@@ -252,3 +275,16 @@ class Builder:
         """A scope as the attribute of a control flow node; outputs: name and element type, no shape."""
         infos = [helper.make_tensor_value_info(name, dtype, None) for name, dtype in outputs]
         return helper.make_graph(scope.nodes, self.name("body"), list(inputs), infos, scope.initializers)
+
+
+ALL, REAL = (F32, F16, F64, BF16), (F32, F16, F64)
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """Something odd to build; opset, ir: the least it needs; dtypes: of the whole model."""
+
+    build: Callable[[Builder], None]
+    opset: int = 7
+    ir: int = 3
+    dtypes: tuple[int, ...] = REAL

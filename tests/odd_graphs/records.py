@@ -15,7 +15,7 @@ class Expected:
 
     op, weight, shape: the operator that reads it, and the *stored* constant (below any Transpose, Cast, ...).
     taken: a compiler that rewrites everything it can (``--rank full``) rewrites this use. reason: else one word of REASONS.
-    certain: False where the rules leave room (a weight nobody reads may be refused, folded or not listed at all):
+    certain: False where the rules leave room (a weight nobody reads may be refused, folded or not listed at all; a left operand, where the other one has no known rank):
     then `taken` is only the likelier answer, and a test must not insist.
     where: "main", or the bodies that lead to it ("Loop/If.then"), or "function NAME": there `weight` is a local name, and
     a function that is called twice has two entries.
@@ -71,5 +71,7 @@ class OddGraph:
         return tuple(self.label.split())
 
     def __repr__(self) -> str:  # hypothesis prints it; a proto would fill the screen
-        opset = next(o.version for o in self.model.opset_import if o.domain == "")
-        return f"OddGraph({self.label!r}, opset={opset}, ir={self.model.ir_version}, sites={list(self.sites)})"
+        opset = next(o.version for o in self.model.opset_import if o.domain in ("", "ai.onnx"))
+        return (
+            f"OddGraph({self.label!r}, opset={opset}, ir={self.model.ir_version}, sites={list(self.sites)})"
+        )

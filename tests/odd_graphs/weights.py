@@ -23,7 +23,6 @@ class Hiding:
     opset: int = 7
     ir: int = 3
     last: bool = False
-    function: bool = True  # legal inside a function
 
 
 def _transpose(b: Builder, shape: Shape, dtype: int, inner: Inner) -> Stored:
@@ -66,7 +65,7 @@ def _squeeze(b: Builder, shape: Shape, dtype: int, inner: Inner) -> Stored:
 
 def _unsqueeze(b: Builder, shape: Shape, dtype: int, inner: Inner) -> Stored:
     """An axis of length 1 is added on the way; where there is none, one is added and squeezed again."""
-    if 1 in shape:
+    if 1 in shape and len(shape) > 1:
         at = shape.index(1)
         value, stored, stored_shape = inner(shape[:at] + shape[at + 1 :], dtype)
         return b.axes("Unsqueeze", value, [at]), stored, stored_shape
@@ -84,8 +83,10 @@ def _cast_scale(b: Builder, shape: Shape, dtype: int, inner: Inner) -> Stored:
     value, stored, stored_shape = _integers(b, shape, -127, 128, np.int8)
     scale_shape = b.choices.pick([(), (1,), (shape[-1],), (*shape[:-1], 1)])
     scale = np.full(scale_shape, 0.01) * (1 + b.rng.random(scale_shape))
-    operands = [b.emit("Cast", [value], to=dtype), b.constant(scale.astype(NUMPY[dtype]), "scale")]
-    return b.emit("Mul", operands[:: b.choices.pick([1, -1])]), stored, stored_shape
+    compute = F32 if dtype == BF16 != b.dtype else dtype  # ONNX Runtime has no Mul in bfloat16
+    operands = [b.emit("Cast", [value], to=compute), b.constant(np.asarray(scale, NUMPY[compute]), "scale")]
+    y = b.emit("Mul", operands[:: b.choices.pick([1, -1])])
+    return b.cast(y, compute, dtype), stored, stored_shape
 
 
 def _dequantize(b: Builder, shape: Shape, dtype: int, per_axis: bool) -> Stored:
@@ -94,9 +95,10 @@ def _dequantize(b: Builder, shape: Shape, dtype: int, per_axis: bool) -> Stored:
     value, stored, stored_shape = _integers(b, shape, low, high, kind)
     axis = b.choices.integer(0, len(shape) - 1)
     scale_shape: Shape = (shape[axis],) if per_axis else ()
-    scale_type = dtype if dtype in (F16, BF16) and b.opset >= 19 and b.choices.chance(50) else F32
-    scale = (0.01 * (1 + b.rng.random(scale_shape))).astype(NUMPY[scale_type])
-    inputs = [value, b.constant(np.asarray(scale), "scale")]
+    small = dtype == F16 or dtype == b.dtype == BF16
+    scale_type = dtype if small and b.opset >= 19 and b.choices.chance(50) else F32
+    scale = np.asarray(0.01 * (1 + b.rng.random(scale_shape)), NUMPY[scale_type])
+    inputs = [value, b.constant(scale, "scale")]
     if not signed or b.choices.chance(50):
         zero = b.rng.integers(-3, 4, scale_shape) if signed else b.rng.integers(120, 136, scale_shape)
         inputs.append(b.constant(np.asarray(zero, kind), "zero_point"))
@@ -114,7 +116,7 @@ def _dequant_axis(b: Builder, shape: Shape, dtype: int, inner: Inner) -> Stored:
 
 def _dequant_blocked(b: Builder, shape: Shape, dtype: int, inner: Inner) -> Stored:
     """int4 or uint4, one scale for a block along axis 0 (the last block may be short)."""
-    block = b.choices.pick([d for d in range(2, shape[0] + 1) if shape[0] % d == 0] or [1])
+    block = b.choices.integer(1, max(1, shape[0] // 2 if len(shape) == 1 else shape[0]))
     kind, low, high = b.choices.pick([(TensorProto.INT4, -8, 8), (TensorProto.UINT4, 0, 16)])
     blocks = (-(-shape[0] // block), *shape[1:])
     values = b.rng.integers(low, high, shape)
@@ -182,18 +184,19 @@ FATES = {"alone": "", "overridable": "overridable", "weight_is_output": "output"
 
 def weight(b: Builder, shape: Shape, *, plain: bool = False) -> Weight:
     """A constant of this shape and the model's type in the current scope. plain: finite, untouched, not hidden."""
-    plain_place = b.scope is b.main
     steps = [] if plain else _steps(b)
-    values = _choose(b, "values", ["normal", *VALUES], 25) if not plain else "normal"
-    if steps and HIDINGS[steps[-1]].last:
-        values = "normal"
-    fates = ["alone", "weight_is_output", "read_elsewhere", *(["overridable"] if b.ir >= 4 else [])]
-    fate = _choose(b, "fate", fates, 15) if plain_place and not plain else "alone"
+    if b.wanted and steps and HIDINGS[steps[-1]].last:
+        steps = steps[:-1]
+    values, fate = "normal", "alone"
+    if not plain and not (steps and HIDINGS[steps[-1]].last):
+        values = _choose(b, "values", list(VALUES), 25)
+        if b.scope is b.main:
+            fates = [f for f in FATES if f != "overridable" or b.ir >= 4]
+            fate = _choose(b, "fate", fates, 15)
     node = b.setting.storage == "constant_node" or (b.setting.storage == "mixed" and b.choices.chance(50))
-    if fate == "overridable":
-        node = False
-        if steps and HIDINGS[steps[-1]].last:
-            steps = []
+    node = node and fate != "overridable"
+    if fate != "alone":  # onnxruntime cannot hand out what may be bfloat16 as an array
+        steps = [s for s in steps if s != "behind_cast"]
     dtypes: dict[str, int] = {}
 
     def make(shape: Shape, dtype: int, left: list[str]) -> Stored:
@@ -207,28 +210,30 @@ def weight(b: Builder, shape: Shape, *, plain: bool = False) -> Weight:
     reason = "finite" if values in BAD_VALUES else FATES[fate]
     b.tag(*steps, *(["chain"] if len(steps) > 1 else []), *(["constant_node"] if node else []))
     b.tag(*([values] if values != "normal" else []), *([fate] if fate != "alone" else []))
-    if stored in dtypes:
-        if fate == "overridable":
-            b.defaults.append(stored)
-        elif fate == "weight_is_output":
-            b.output(Tensor(stored, stored_shape), dtypes[stored])
-        elif fate == "read_elsewhere":
-            b.output(Tensor(b.emit("Identity", [b.emit("Abs", [stored])]), stored_shape), dtypes[stored])
-    elif fate != "alone":
-        return Weight(value, shape, stored, stored_shape)
+    if fate == "overridable":
+        b.defaults.append(stored)
+    elif fate == "weight_is_output":
+        b.output(Tensor(stored, stored_shape), dtypes[stored])
+    elif fate == "read_elsewhere":
+        b.output(Tensor(b.emit("Identity", [b.emit("Abs", [stored])]), stored_shape), dtypes[stored])
     return Weight(value, shape, stored, stored_shape, reason)
 
 
 def _steps(b: Builder) -> list[str]:
     """None (mostly), one or up to three hidings; one that stores integers can only be the deepest."""
     legal = [n for n, h in HIDINGS.items() if b.opset >= h.opset and b.ir >= h.ir]
-    if wanted := b.wanted.pop("hidden", None):
+    if b.reference and b.opset < 19:  # onnx.reference knows DequantizeLinear from opset 19 on
+        legal = [n for n in legal if "dequantize" not in n]
+    soft = [n for n in legal if not HIDINGS[n].last]
+    wanted = b.wanted.pop("hidden", None)
+    if wanted == "chain":
+        steps = [b.choices.pick(soft), b.choices.pick(legal)]
+    elif wanted:
         steps = [wanted]
     elif b.choices.chance(40):
         steps = [b.choices.pick(legal)]
     else:
         return []
-    soft = [n for n in legal if not HIDINGS[n].last]
     while len(steps) < 3 and b.choices.chance(35):
         steps.insert(0, b.choices.pick(soft))
     return steps

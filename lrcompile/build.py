@@ -1,0 +1,87 @@
+"""Build: a model file becomes an engine in the child process; and feeds that the original really accepts."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx_ir as ir
+
+from lrcompile.child import Child, RemoteEngine
+from lrcompile.cost import bytes_of
+from lrcompile.errors import BuildError
+from lrcompile.feeds import STYLES, Feed, Feeds, draw
+from lrcompile.interfaces import BuildOptions
+from lrcompile.records import Source
+from lrcompile.store import new_folder, save_model
+
+logger = logging.getLogger(__name__)
+
+# Small models get this long in all; big ones and many feeds get more.
+_SECONDS, _SMALL_BYTES = 20.0, 10_000_000
+_DRAWN = 3  # feeds that the first question is asked on and that are published
+
+
+def build(child: Child, target: str, path: Path, threads: int = 1) -> RemoteEngine:
+    """An engine of a model file, ready to run. Raises BuildError in the builder's own words."""
+    return child.build(target, path, BuildOptions(target, threads=threads))
+
+
+def start(child: Child | None, memory: int | None, stack: contextlib.ExitStack) -> Child:
+    """The given child, or one of our own that ends with the stack."""
+    return child if child is not None else stack.enter_context(Child(memory=memory))
+
+
+def time_limit(timeout: float | None, source: Source, feeds: int) -> float:
+    """When all that is built and run from now on must be done, on the monotonic clock.
+
+    Without a limit of the user's: 20 seconds in all for a model below 10 MB, growing with weights and feeds.
+    """
+    over = max(0, bytes_of(source.model) - _SMALL_BYTES) / 1e6
+    return time.monotonic() + (timeout if timeout is not None else _SECONDS + 3.0 * over + feeds * (0.5 + 0.1 * over))
+
+
+def original_of(source: Source, target: str, child: Child, scratch: Path) -> Path:
+    """A file of the original that the runtime takes: the user's own, or where it will not have that one, a copy.
+
+    ONNX Runtime refuses legal files: two nodes of one name, external data behind a link. Raises BuildError in its words.
+    """
+    if source.path != Path():
+        try:
+            build(child, target, source.path).close()
+            return source.path
+        except BuildError as error:
+            logger.info("%s; trying a copy of it", error)
+    copy = save_model(source.model, new_folder(scratch / "original"))
+    build(child, target, copy).close()
+    return copy
+
+
+def feeds_for(
+    model: ir.Model, path: Path, child: Child, target: str, *, seed: int, dims: Mapping[str, int], like: Feed | None
+) -> Feeds:
+    """Seeded feeds drawn from the graph's inputs that the original runs. Raises BuildError when none of the guesses is legal.
+
+    like: a feed of the user's; where integers steer shapes or loops these alone are copied from it.
+    """
+    engine = build(child, target, path)
+    failure = ""
+    for style in STYLES:
+        if style.integers == "copy" and like is None:
+            continue
+        feeds = draw(model, style, seed, _DRAWN, dims, like)
+        try:
+            for feed in feeds:
+                engine.run(feed)
+            engine.close()
+            return feeds
+        except BuildError as error:
+            failure = str(error)
+            logger.info("feeds drawn as %s are not legal: %s", style, failure)
+            engine.close()
+            engine = build(child, target, path)
+    engine.close()
+    raise BuildError(f"{path.name} runs on none of the inputs drawn for it; give --data or --dim NAME=VALUE. The last failure: {failure}")

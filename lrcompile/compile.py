@@ -1,0 +1,222 @@
+"""READ THIS FIRST: the way a model takes, from a file to a published folder, one call a stage.
+
+    load -> find -> calibrate -> plan -> factorize -> rewrite -> lower -> build -> verify -> publish
+                                  ^---------------- revise(problem, trials) --------------|
+
+Every stage is a module of its name; between two stages stands a frozen value of `records.py`. What touches the disk, the clock or
+another process (cache, staging, child) is opened here and handed in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import onnx_ir as ir
+from threadpoolctl import threadpool_limits
+
+from lrcompile.build import build, feeds_for, original_of, start, time_limit
+from lrcompile.calibrate import StoredStatistics, calibrate
+from lrcompile.child import Child
+from lrcompile.errors import BuildError, VerificationError
+from lrcompile.factorize import annotate, factorize
+from lrcompile.factors import FactorSet
+from lrcompile.feeds import Feeds, Input, calibration_and_held_out, inputs_of
+from lrcompile.interfaces import Factorization, Runtime
+from lrcompile.load import load
+from lrcompile.lower import lower
+from lrcompile.options import Options
+from lrcompile.plan import Problem, Trial, check_plan, choose, dense_plan, group_by_name, prepare, revise
+from lrcompile.progress import Progress, silent
+from lrcompile.publish import Package, publish, result_of, save_lowered
+from lrcompile.records import Evidence, Finding, Plan, Result, Source
+from lrcompile.registry import methods_of, runtime_of
+from lrcompile.report import render
+from lrcompile.rewrite import jittered, reconstructed, rewrite
+from lrcompile.sites import find
+from lrcompile.store import Cache, check_out, copy_folder, default_cache, load_function, remove_folder, staging
+from lrcompile.verify import Metric, check_rewrite, judge, measure, noise_of, score
+from lrcompile.weights import ModelWeights
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Job:
+    """What every plan of one compile has in common."""
+
+    options: Options
+    runtime: Runtime
+    methods: Mapping[str, Factorization]
+    source: Source
+    original: Path
+    finding: Finding
+    weights: ModelWeights
+    statistics: StoredStatistics | None
+    inputs: tuple[Input, ...]
+    drawn: Feeds
+    held_out: Feeds
+    metric: tuple[Metric, float] | None
+    child: Child
+    scratch: Path
+    progress: Progress
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Attempt:
+    """A plan carried out. model: the lowered graph, None where nothing was rewritten; path: its file."""
+
+    plan: Plan
+    sets: tuple[FactorSet, ...]
+    neutral: ir.Model | None
+    model: ir.Model | None
+    path: Path
+    evidence: Evidence
+
+
+def compile(  # noqa: A001 - the verb of this tool
+    model: str | Path | ir.Model,
+    out: str | Path,
+    options: Options | None = None,
+    *,
+    child: Child | None = None,
+    progress: Progress = silent,
+) -> Result:
+    """Compile a model into the folder `out`, and say how far its outputs moved.
+
+    child: the process to build and run in, started and ended here when none is given. Raises the errors of `lrcompile.errors`;
+    nothing is left at `out` then.
+    """
+    options = options or Options()
+    options.check()
+    check_out(out, options.force)
+    with contextlib.ExitStack() as stack:
+        cache = Cache(options.cache or default_cache())
+        folder = stack.enter_context(staging(out, force=options.force, locks=cache.locks))
+        scratch = stack.enter_context(cache.scratch())
+        child = start(child, options.memory, stack)
+        stack.enter_context(threadpool_limits(options.threads))
+
+        job = _prepare(model, options, child, cache, scratch, progress)
+        problem = _problem(job)
+        chosen: Plan | None = check_plan(options.plan, job.finding, job.methods) if options.plan else choose(problem)
+        trials: list[Trial] = []
+        best: Attempt | None = None
+        while chosen:
+            attempt = _attempt(chosen, job, len(trials))
+            best = _better(attempt, best)
+            trials.append(Trial(chosen, attempt.evidence))
+            chosen = revise(problem, trials)
+        assert best is not None
+        if best.evidence.verdict == "failed":
+            best = _give_up(best, problem, job, len(trials))
+        return _publish(best, _prove(best, job), job, folder, Path(out))
+
+
+def _prepare(
+    model: str | Path | ir.Model, options: Options, child: Child, cache: Cache, scratch: Path, progress: Progress
+) -> Job:
+    """load, find, calibrate."""
+    runtime = runtime_of(options.target)
+    source = load(model, allow_hardlinks=options.allow_hardlinks)
+    child.deadline = time_limit(options.timeout, source, 0)
+    finding = find(source.model)
+    inputs = inputs_of(source.model)
+    calibration, held_out = calibration_and_held_out(options.data, options.verify_data, inputs, options.batch)
+    child.deadline = time_limit(options.timeout, source, len(calibration or ()) + len(held_out or ()))
+    original = original_of(source, options.target, child, scratch)
+    first = next(iter(calibration or held_out or ()), None)
+    drawn = feeds_for(source.model, original, child, options.target, seed=options.seed, dims=options.dims, like=first)
+    weights = ModelWeights(cache, source.opset)
+    statistics = None
+    if calibration is not None and options.budget.rank != "full":
+        statistics = calibrate(
+            source.model, finding, calibration, source.key, target=options.target, child=child, cache=cache, progress=progress
+        )
+    judged_on = held_out or drawn
+    metric = None
+    if (function := _metric(options.metric)) is not None:
+        with build(child, options.target, original) as engine:
+            metric = function, score(function, engine, judged_on)
+    return Job(
+        options, runtime, methods_of(options.methods), source, original, finding, weights, statistics, inputs, drawn, judged_on,
+        metric, child, scratch, progress,
+    )  # fmt: skip
+
+
+def _metric(given: str | Metric | None) -> Metric | None:
+    if not isinstance(given, str):
+        return given
+    path, _, name = given.rpartition(":")
+    return load_function(path or name, name if path else "metric")
+
+
+def _problem(job: Job) -> Problem:
+    """The candidates of every group, from which all plans choose."""
+    return prepare(
+        job.finding, job.weights, job.statistics, tuple(job.methods.values()), job.options.budget,
+        target=job.options.target, supports=lambda d: job.runtime.supports(d, job.options.target),
+        include=job.options.include, exclude=job.options.exclude, progress=job.progress,
+    )  # fmt: skip
+
+
+def _attempt(chosen: Plan, job: Job, number: int) -> Attempt:
+    """factorize, rewrite, lower, build, verify: one plan, carried out and measured on held-out data."""
+    job.child.deadline = time_limit(job.options.timeout, job.source, len(job.held_out))
+    sets = factorize(chosen, group_by_name(job.finding), job.weights, job.statistics, job.methods, job.options.seed, job.progress)
+    neutral = rewrite(job.source.model, sets) if sets else None
+    model = lower(neutral.clone(), job.runtime.lowering(job.options.target)) if neutral is not None else None
+    path = save_lowered(model, job.source, job.scratch / f"trial-{number}", job.options.external_data)
+    with build(job.child, job.options.target, job.original) as dense, build(job.child, job.options.target, path) as engine:
+        evidence = measure(dense, engine, job.held_out, job.inputs, job.metric)
+    evidence = judge(evidence, job.options.budget.max_error, unchanged=not sets)
+    return Attempt(annotate(chosen, sets), sets, neutral, model, path, evidence)
+
+
+def _better(attempt: Attempt, best: Attempt | None) -> Attempt:
+    """The later of those that hold the limits: a search goes on only to smaller ones. The other's file is removed."""
+    if best is None:
+        return attempt
+    kept, gone = (attempt, best) if attempt.evidence.verdict != "failed" else (best, attempt)
+    remove_folder(gone.path.parent)
+    return kept
+
+
+def _give_up(best: Attempt, problem: Problem, job: Job, number: int) -> Attempt:
+    """No plan held the error limit: a budget makes that an error, without one everything stays dense."""
+    reached = "; ".join(best.evidence.failures)
+    if problem.budget.bounds_size or job.options.plan is not None:
+        raise VerificationError(f"the outputs moved further than --max-error allows: {reached}")
+    return _attempt(dense_plan(problem, f"no form held the error limit: {reached}"), job, number)
+
+
+def _prove(best: Attempt, job: Job) -> Evidence:
+    """Verification's first question, asked of the plan that will be published. A failure is our bug."""
+    target, child, drawn = job.options.target, job.child, job.drawn
+    child.deadline = time_limit(job.options.timeout, job.source, 8 * len(drawn))
+    if best.model is None:
+        return best.evidence.with_noise(noise_of(child, target, job.original, None, drawn, job.inputs).relative)
+    shaken = save_lowered(jittered(job.source.model, best.sets, job.weights.matrix, job.options.seed), job.source, job.scratch / "jittered")
+    noise = noise_of(child, target, job.original, shaken, drawn, job.inputs)
+    oracle = save_lowered(reconstructed(job.source.model, best.sets), job.source, job.scratch / "oracle")
+    if wrong := check_rewrite(child, target, oracle, best.path, noise, drawn, job.inputs):
+        raise VerificationError(f"the rewritten graph does not compute what its factors say: {'; '.join(wrong)}")
+    return best.evidence.with_noise(noise.relative)
+
+
+def _publish(best: Attempt, evidence: Evidence, job: Job, folder: Path, out: Path) -> Result:
+    """Everything into the staged folder; the file that was verified is the file that is published."""
+    copy_folder(best.path.parent, folder)
+    package = Package(
+        job.source, job.finding, best.plan, best.sets, best.model, best.neutral if job.options.keep_functions else None, evidence,
+        job.options, job.source.notes,
+    )  # fmt: skip
+    try:
+        engine = build(job.child, "ort-cpu", best.path)
+    except BuildError:  # a type without a kernel there: then in the runtime that it was compiled for
+        engine = build(job.child, job.options.target, best.path)
+    with engine:
+        return result_of(package, publish(package, folder, job.drawn, engine.run, render), out)

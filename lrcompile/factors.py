@@ -1,0 +1,33 @@
+"""Factors between the stages: what factorize makes, rewrite puts into the graph, and publish reports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from lrcompile.interfaces import Array, Factorization, Factors
+from lrcompile.records import Decision, Group, Site
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FactorSet:
+    """The factors of one decision. load: reads them, as stored. storage: their type. shapes: of each array.
+
+    measured: the group's relative error with these very arrays, by the calibration's statistics.
+    """
+
+    decision: Decision
+    group: Group
+    method: Factorization
+    storage: ir.DataType
+    shapes: Mapping[str, tuple[int, ...]]
+    measured: float
+    load: Callable[[], Factors] = field(repr=False)
+
+
+def bias_in_place(site: Site, corrected: Array) -> Array:
+    """A corrected b of y = scale (x W + b), back in the constant that the graph adds."""
+    assert site.bias is not None and site.wiring is not None
+    return (corrected * (site.wiring.scale / site.bias.scale)).reshape(site.bias.shape)

@@ -1,0 +1,205 @@
+"""Publish: everything a user takes away, written into a staged folder; the manifest last."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+import yaml
+from polygraphy.comparator import RunResults
+from polygraphy.json import to_json
+
+from lrcompile.cost import bytes_of, dense_flops, parameters_of
+from lrcompile.errors import ModelError
+from lrcompile.factors import FactorSet
+from lrcompile.feeds import Feed
+from lrcompile.graph import shapes_of
+from lrcompile.interfaces import Array
+from lrcompile.options import Options
+from lrcompile.records import Evidence, Finding, Plan, Result, SiteReport, Source, Totals
+from lrcompile.store import MANIFEST, copy_file, fingerprints, new_folder, save_model, write_json, write_text
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+FORMAT = 1
+_OURS = frozenset({"model.onnx", "model.onnx.data", "neutral.onnx", "engine.plan", "engine.rtx", "inputs.json", "outputs.json", "config.yaml", "report.html", MANIFEST})
+_FEEDS, _FEED_BYTES = 8, 16_000_000
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Package:
+    """What is published: the chosen plan, the model file and what is known of it.
+
+    model: the lowered model; None when the original is published as it is. neutral: with its functions, when they are kept.
+    """
+
+    source: Source
+    finding: Finding
+    plan: Plan
+    sets: tuple[FactorSet, ...]
+    model: ir.Model | None
+    neutral: ir.Model | None
+    evidence: Evidence
+    options: Options
+    notes: tuple[str, ...]
+
+
+def save_lowered(model: ir.Model | None, source: Source, folder: Path, external: bool | None = None) -> Path:
+    """Write the model to publish: the lowered one, or (None) the original byte for byte with its external files."""
+    new_folder(folder)
+    if model is not None:
+        return save_model(model, folder, external=external)
+    if source.path == Path():  # given in memory: there are no bytes to keep
+        return save_model(source.model, folder, external=external)
+    for name, _ in source.weights:
+        if name in _OURS:
+            raise ModelError(f"{source.path}: its external file {name!r} has the name of one that is published; rename it")
+        copy_file(source.path.parent / name, folder / name)
+    copy_file(source.path, folder / "model.onnx")
+    return folder / "model.onnx"
+
+
+def publish(
+    package: Package,
+    folder: Path,
+    drawn: Iterable[Feed],
+    run: Callable[[Feed], Mapping[str, Array]],
+    report: Callable[[Mapping[str, Any], Sequence[str]], str],
+) -> Mapping[str, Any]:
+    """Write all files but the model, which lies in `folder` already. Returns the manifest.
+
+    drawn: seeded feeds, never the user's data. run: the published file in ONNX Runtime on the CPU. report: the page's text from
+    the manifest and notes.
+    """
+    feeds = small_enough(drawn)
+    write_text(folder / "inputs.json", to_json([dict(f) for f in feeds]))
+    results = RunResults()
+    results.add([dict(run(f)) for f in feeds], runtime=0.0, runner_name="lrcompile")
+    write_text(folder / "outputs.json", results.to_json())
+    if package.neutral is not None:
+        save_model(package.neutral, folder, name="neutral.onnx", external=package.options.external_data)
+    write_text(folder / "config.yaml", yaml.safe_dump(configuration(package.options), sort_keys=False, allow_unicode=True))
+    document = manifest(package, feeds[0] if feeds else {})
+    write_text(folder / "report.html", report(document, package.notes))
+    document["files"] = fingerprints(folder)
+    write_json(folder / MANIFEST, document)
+    return document
+
+
+def small_enough(feeds: Iterable[Feed]) -> list[Feed]:
+    """As many feeds as may be published: eight at most, and 16 MB."""
+    kept: list[Feed] = []
+    size = 0
+    for feed in feeds:
+        size += sum(np.asarray(a).nbytes for a in feed.values())
+        if kept and (len(kept) == _FEEDS or size > _FEED_BYTES):
+            break
+        kept.append(feed)
+    return kept
+
+
+def manifest(package: Package, first: Feed) -> dict[str, Any]:
+    """``lrcompile.json`` but for its ``files``. Holds no time, no host and no path."""
+    totals = totals_of(package, first)
+    before_after = {f"{n}_{w}": getattr(totals, f"{n}_{w}") for n in ("parameters", "bytes", "flops") for w in ("before", "after")}
+    document = {
+        "format": FORMAT,
+        "source": {"sha256": package.source.sha256, "weights_sha256": dict(package.source.weights)},
+        "target": package.options.target,
+        "plan": package.plan.to_json(),
+        "sites": [asdict(s) for s in site_reports(package.finding, package.plan, package.sets)],
+        "totals": before_after,
+        "evidence": package.evidence.to_json(),
+    }
+    return dict(_plain(document))
+
+
+def configuration(options: Options) -> dict[str, Any]:
+    """What reproduces this run, without paths: data is named by its hash in the manifest's evidence."""
+    b = options.budget
+    document = {
+        "target": options.target, "methods": list(options.methods), "keep": b.keep, "energy": b.energy, "rank": b.rank,
+        "max_error": ",".join(map(str, b.max_error)) or None, "objective": b.objective, "include": options.include,
+        "exclude": options.exclude, "batch": options.batch, "dims": dict(options.dims), "seed": options.seed, "threads": options.threads,
+    }  # fmt: skip
+    return {k: v for k, v in document.items() if v is not None}
+
+
+def site_reports(finding: Finding, plan: Plan, sets: Sequence[FactorSet]) -> tuple[SiteReport, ...]:
+    """A line for every constant weight use. A weight with several readers counts at its first one."""
+    decisions = {name: d for d in plan.decisions for name in d.sites}
+    measured = {s.decision.group: s.measured for s in sets}
+    seen: set[str] = set()
+    lines = []
+    for site in finding.sites:
+        decision = decisions.get(site.name)
+        before = 0 if site.weight in seen else site.elements
+        after = before
+        if decision is not None and decision.rewrites:
+            after = decision.parameters_after if decision.sites[0] == site.name else 0
+        seen.add(site.weight)
+        rewrites = decision is not None and decision.rewrites
+        lines.append(
+            SiteReport(
+                name=site.name, op=site.op, weight_shape=site.weight_shape,
+                method=decision.method if decision is not None and rewrites else "dense",
+                rank=decision.rank if decision is not None and rewrites else None,
+                storage=(decision.storage or _stored(sets, decision.group)) if decision is not None and rewrites else None,
+                parameters_before=before, parameters_after=after,
+                claimed_error=decision.claimed_error if decision is not None and rewrites else None,
+                measured_error=measured.get(decision.group) if decision is not None else None,
+                reason=decision.reason if decision is not None else site.refusal or "",
+            )  # fmt: skip
+        )
+    return tuple(lines)
+
+
+def _stored(sets: Sequence[FactorSet], group: str) -> str | None:
+    return next((s.storage.name.lower() for s in sets if s.decision.group == group), None)
+
+
+def totals_of(package: Package, first: Feed) -> Totals:
+    before = package.source.model
+    after = package.model if package.model is not None else before
+    rows = _rows(package, first)
+    flops = sum(rows[s.name] * dense_flops(s) for s in package.finding.sites if s.refusal is None)
+    saved = 0
+    for decision in package.plan.rewritten:
+        per_row = (decision.flops_before - decision.flops_after) // max(len(decision.sites), 1)
+        saved += sum(rows[name] * per_row for name in decision.sites)
+    return Totals(parameters_of(before), parameters_of(after), bytes_of(before), bytes_of(after), flops, flops - saved)
+
+
+def _rows(package: Package, first: Feed) -> dict[str, int]:
+    """Rows of x that each site multiplies at the first feed; one where shapes depend on values."""
+    shapes = shapes_of(package.source.model, {n: np.shape(a) for n, a in first.items()})
+    rows = {}
+    for site in package.finding.sites:
+        if site.refusal is None:
+            shape = shapes.get(site.data)
+            known = shape is not None and all(isinstance(d, int) for d in shape)
+            size = math.prod(int(d) for d in shape) if shape is not None and known else site.K  # type: ignore[call-overload]
+            rows[site.name] = size if site.kind == "lookup" else max(size // max(site.K, 1), 0)
+    return rows
+
+
+def result_of(package: Package, document: Mapping[str, Any], out: Path) -> Result:
+    """What the Python API gives back."""
+    return Result(out, package.plan, package.evidence, Totals(**document["totals"]), document)
+
+
+def _plain(value: Any) -> Any:
+    """JSON's types only; numbers that JSON cannot say become null."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value
