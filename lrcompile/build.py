@@ -70,7 +70,7 @@ def feeds_for(
     engine = build(child, target, path)
     failure = ""
     for style in STYLES:
-        if style.integers == "copy" and like is None:
+        if style.needs_data and like is None:
             continue
         feeds = draw(model, style, seed, _DRAWN, dims, like)
         try:

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from lrcompile.graph import nodes
 from lrcompile.interfaces import Array, BuildOptions, Engine
 from lrcompile.progress import Progress, silent
 from lrcompile.records import Finding, InputStatistics, Site, Step
@@ -132,7 +131,7 @@ def _tap(site: Site) -> Tap:
 def _cut_to(model: ir.Model, values: set[str]) -> ir.Model:
     """A copy whose outputs are the watched values; the runtime drops what they do not need."""
     copy = model.clone()
-    produced = {v.name: v for _, node in nodes(copy) if node.graph is copy.graph for v in node.outputs}
+    produced = {v.name or "": v for node in copy.graph for v in node.outputs}
     produced |= dict(copy.graph.initializers)
     copy.graph.outputs.clear()
     copy.graph.outputs.extend(produced[name] for name in sorted(values))

@@ -102,11 +102,21 @@ class Child:
 
     def __init__(self, *, timeout: float | None = None, memory: int | None = None) -> None:
         self.timeout, self.memory = timeout, memory
-        self.deadline: float | None = None  # on the monotonic clock: no request may last beyond it
+        self.deadline = None
         self._process: subprocess.Popen[bytes] | None = None
         self._resources = contextlib.ExitStack()
         self._handles = itertools.count()
         self._live: set[int] = set()  # engines of the present process
+
+    @property
+    def deadline(self) -> float | None:
+        """On the monotonic clock: no request may last beyond it, whatever its own limit."""
+        return self._deadline
+
+    @deadline.setter
+    def deadline(self, moment: float | None) -> None:
+        self._deadline = moment
+        self._granted = 0.0 if moment is None else round(moment - time.monotonic(), 1)  # for the message
 
     def build(
         self,
@@ -166,16 +176,17 @@ class Child:
         memory: int | None,
         threads: int,
     ) -> Any:
-        timeout = self.timeout if timeout is None else timeout
-        if self.deadline is not None:
-            left = max(self.deadline - time.monotonic(), _SLICE)
-            timeout = left if timeout is None else min(timeout, left)
+        timeout = limit = self.timeout if timeout is None else timeout
+        if self._deadline is not None:
+            left = max(self._deadline - time.monotonic(), _SLICE)
+            if timeout is None or left < timeout:
+                timeout, limit = left, self._granted
         memory = self.memory if memory is None else memory
         try:
             if self._process is None or self._process.poll() is not None:
                 self._start()
             frames = _dump((what, threads, kind, args), self._handle_of)
-            error, value, trace = self._exchange(frames, what, timeout, memory)
+            error, value, trace = self._exchange(frames, what, timeout, memory, limit)
         except LrcompileError:
             raise
         except BaseException:
@@ -190,24 +201,24 @@ class Child:
         self.close()
         self._socket, theirs = socket.socketpair()
         lifeline, held = os.pipe()  # nobody writes: that its other end closes is the message
-        self._log = os.memfd_create(
-            "lrcompile-child"
-        )  # in memory: the disk may be full, and nothing is left behind
+        # what it prints goes to memory: the disk may be full, and nothing is left behind
+        self._log = os.memfd_create("lrcompile-child")
         fcntl.fcntl(self._log, fcntl.F_SETFL, os.O_APPEND)
         self._resources.enter_context(self._socket)
         self._resources.callback(os.close, held)
         self._resources.callback(os.close, self._log)
+        command = [
+            sys.executable,
+            "-u",
+            "-c",
+            _BOOT,
+            json.dumps(sys.path),
+            str(theirs.fileno()),
+            str(lifeline),
+        ]
         try:
             self._process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-u",
-                    "-c",
-                    _BOOT,
-                    json.dumps(sys.path),
-                    str(theirs.fileno()),
-                    str(lifeline),
-                ],
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
                 stderr=self._log,
@@ -219,7 +230,7 @@ class Child:
         finally:
             theirs.close()
             os.close(lifeline)
-        self._exchange([], "starting the child process", _START, None)
+        self._exchange([], "starting the child process", _START, None, _START)
 
     def _handle_of(self, value: object) -> int | None:
         if not isinstance(value, RemoteEngine):
@@ -228,8 +239,10 @@ class Child:
             raise BuildError(f"the engine of {value._name} was closed or its process ended: build it again")
         return value._handle
 
-    def _exchange(self, frames: list[Any], what: str, timeout: float | None, memory: int | None) -> Any:
-        """Send frames, if there are any, and wait for the reply."""
+    def _exchange(
+        self, frames: list[Any], what: str, timeout: float | None, memory: int | None, limit: float | None
+    ) -> Any:
+        """Send frames, if there are any, and wait for the reply. limit: the time limit that the user knows of."""
         deadline = time.monotonic() + (1e9 if timeout is None else timeout)
         try:
             self._socket.settimeout(timeout)
@@ -248,7 +261,7 @@ class Child:
             self._socket.settimeout(max(deadline - time.monotonic(), 1))
             return _load(_receive(self._socket), None)
         except TimeoutError:
-            self._fail(f"{what}: time limit of {timeout:g} s reached")
+            self._fail(f"{what}: time limit of {limit:g} s reached; --timeout allows more")
         except (EOFError, ConnectionError):
             self._crashed(what)
 
@@ -256,7 +269,7 @@ class Child:
         assert self._process is not None
         status = Path(
             f"/proc/{self._process.pid}/status"
-        ).read_text()  # it may have died, but nobody else reaps it
+        ).read_text()  # there until we reap it, dead or alive
         return sum(int(kib) << 10 for kib in re.findall(r"^Rss(?:Anon|Shmem):\s+(\d+)", status, re.M))
 
     def _crashed(self, what: str) -> NoReturn:

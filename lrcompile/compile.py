@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import onnx_ir as ir
@@ -24,7 +24,7 @@ from lrcompile.child import Child
 from lrcompile.errors import BuildError, VerificationError
 from lrcompile.factorize import annotate, factorize
 from lrcompile.factors import FactorSet
-from lrcompile.feeds import Feeds, Input, calibration_and_held_out, inputs_of
+from lrcompile.feeds import Feeds, calibration_and_held_out, inputs_of
 from lrcompile.interfaces import Factorization, Runtime
 from lrcompile.load import load
 from lrcompile.lower import lower
@@ -45,24 +45,40 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Job:
-    """What every plan of one compile has in common."""
+class Workshop:
+    """What touches the disk or another process: opened once for a command."""
+
+    child: Child
+    cache: Cache
+    scratch: Path
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Study:
+    """What is known of a model before anything is compiled: all that a plan within a budget needs."""
 
     options: Options
     runtime: Runtime
     methods: Mapping[str, Factorization]
     source: Source
-    original: Path
     finding: Finding
     weights: ModelWeights
     statistics: StoredStatistics | None
-    inputs: tuple[Input, ...]
-    drawn: Feeds
-    held_out: Feeds
-    metric: tuple[Metric, float] | None
+    calibration: Feeds | None
+    held_out: Feeds | None
     child: Child
     scratch: Path
     progress: Progress
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Job(Study):
+    """What every plan of one compile has in common: the study, and what the plans are measured with."""
+
+    original: Path
+    drawn: Feeds
+    judged_on: Feeds
+    metric: tuple[Metric, float] | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,61 +106,81 @@ def compile(  # noqa: A001 - the verb of this tool
     child: the process to build and run in, started and ended here when none is given. Raises the errors of `lrcompile.errors`;
     nothing is left at `out` then.
     """
-    options = options or Options()
-    options.check()
+    options = (options or Options()).completed()
     check_out(out, options.force)
-    with contextlib.ExitStack() as stack:
-        cache = Cache(options.cache or default_cache())
-        folder = stack.enter_context(staging(out, force=options.force, locks=cache.locks))
-        scratch = stack.enter_context(cache.scratch())
-        child = start(child, options.memory, stack)
-        stack.enter_context(threadpool_limits(options.threads))
-
-        job = _prepare(model, options, child, cache, scratch, progress)
-        problem = _problem(job)
-        chosen: Plan | None = check_plan(options.plan, job.finding, job.methods) if options.plan else choose(problem)
-        trials: list[Trial] = []
-        best: Attempt | None = None
-        while chosen:
-            attempt = _attempt(chosen, job, len(trials))
-            best = _better(attempt, best)
-            trials.append(Trial(chosen, attempt.evidence))
-            chosen = revise(problem, trials)
-        assert best is not None
-        if best.evidence.verdict == "failed":
-            best = _give_up(best, problem, job, len(trials))
+    with workshop(options, child) as shop, staging(out, force=options.force, locks=shop.cache.locks) as folder:
+        job = job_of(study(model, options, shop, progress))
+        best = search(problem_of(job), job)
         return _publish(best, _prove(best, job), job, folder, Path(out))
 
 
-def _prepare(
-    model: str | Path | ir.Model, options: Options, child: Child, cache: Cache, scratch: Path, progress: Progress
-) -> Job:
+@contextlib.contextmanager
+def workshop(options: Options, child: Child | None = None) -> Iterator[Workshop]:
+    """The cache, a scratch folder, and the given child or one of our own; BLAS has as many threads as the options say."""
+    with contextlib.ExitStack() as stack:
+        cache = Cache(options.cache or default_cache())
+        scratch = stack.enter_context(cache.scratch())
+        stack.enter_context(threadpool_limits(options.threads))
+        yield Workshop(start(child, options.memory, stack), cache, scratch)
+
+
+def study(model: str | Path | ir.Model, options: Options, shop: Workshop, progress: Progress) -> Study:
     """load, find, calibrate."""
     runtime = runtime_of(options.target)
+    planned = {d.method for d in options.plan.rewritten} if options.plan else ()  # a plan names its methods
+    methods = methods_of((*options.methods, *sorted(planned)))
     source = load(model, allow_hardlinks=options.allow_hardlinks)
-    child.deadline = time_limit(options.timeout, source, 0)
     finding = find(source.model)
     inputs = inputs_of(source.model)
     calibration, held_out = calibration_and_held_out(options.data, options.verify_data, inputs, options.batch)
-    child.deadline = time_limit(options.timeout, source, len(calibration or ()) + len(held_out or ()))
-    original = original_of(source, options.target, child, scratch)
-    first = next(iter(calibration or held_out or ()), None)
-    drawn = feeds_for(source.model, original, child, options.target, seed=options.seed, dims=options.dims, like=first)
-    weights = ModelWeights(cache, source.opset)
+    shop.child.deadline = time_limit(options.timeout, source, len(calibration or ()) + len(held_out or ()))
+    weights = ModelWeights(shop.cache, source.opset)
     statistics = None
     if calibration is not None and options.budget.rank != "full":
         statistics = calibrate(
-            source.model, finding, calibration, source.key, target=options.target, child=child, cache=cache, progress=progress
-        )
-    judged_on = held_out or drawn
+            source.model, finding, calibration, source.key, target=options.target, child=shop.child, cache=shop.cache,
+            progress=progress,
+        )  # fmt: skip
+    return Study(
+        options, runtime, methods, source, finding, weights, statistics, calibration, held_out, shop.child, shop.scratch,
+        progress,
+    )  # fmt: skip
+
+
+def job_of(known: Study) -> Job:
+    """The original, ready to be compared with: its file, feeds that it accepts, and what the user's metric says of it."""
+    options, source, child = known.options, known.source, known.child
+    original = original_of(source, options.target, child, known.scratch)
+    first = next(iter(known.calibration or known.held_out or ()), None)
+    drawn = feeds_for(source.model, original, child, options.target, seed=options.seed, dims=options.dims, like=first)
+    judged_on = known.held_out or drawn
     metric = None
     if (function := _metric(options.metric)) is not None:
         with build(child, options.target, original) as engine:
             metric = function, score(function, engine, judged_on)
-    return Job(
-        options, runtime, methods_of(options.methods), source, original, finding, weights, statistics, inputs, drawn, judged_on,
-        metric, child, scratch, progress,
-    )  # fmt: skip
+    shared = {f.name: getattr(known, f.name) for f in fields(known)}
+    return Job(**shared, original=original, drawn=drawn, judged_on=judged_on, metric=metric)
+
+
+def search(problem: Problem, job: Job) -> Attempt:
+    """plan, factorize, rewrite, lower, build, verify; and again, as long as `revise` knows a plan worth trying."""
+    trials: list[Trial] = []
+    best: Attempt | None = None
+    chosen: Plan | None = first_plan(problem, job)
+    while chosen:
+        attempt = _attempt(chosen, job, len(trials))
+        best = _better(attempt, best)
+        trials.append(Trial(chosen, attempt.evidence))
+        chosen = revise(problem, trials)
+    assert best is not None
+    return _give_up(best, problem, job, len(trials)) if best.evidence.verdict == "failed" else best
+
+
+def first_plan(problem: Problem, known: Study) -> Plan:
+    """The user's plan, held against the model, or the one that the budget asks for."""
+    if (given := known.options.plan) is None:
+        return choose(problem)
+    return check_plan(given, known.finding, known.methods, known.weights, known.statistics, known.options.target)
 
 
 def _metric(given: str | Metric | None) -> Metric | None:
@@ -154,24 +190,24 @@ def _metric(given: str | Metric | None) -> Metric | None:
     return load_function(path or name, name if path else "metric")
 
 
-def _problem(job: Job) -> Problem:
+def problem_of(known: Study) -> Problem:
     """The candidates of every group, from which all plans choose."""
     return prepare(
-        job.finding, job.weights, job.statistics, tuple(job.methods.values()), job.options.budget,
-        target=job.options.target, supports=lambda d: job.runtime.supports(d, job.options.target),
-        include=job.options.include, exclude=job.options.exclude, progress=job.progress,
+        known.finding, known.weights, known.statistics, tuple(known.methods.values()), known.options.budget,
+        target=known.options.target, supports=lambda d: known.runtime.supports(d, known.options.target),
+        include=known.options.include, exclude=known.options.exclude, progress=known.progress,
     )  # fmt: skip
 
 
 def _attempt(chosen: Plan, job: Job, number: int) -> Attempt:
     """factorize, rewrite, lower, build, verify: one plan, carried out and measured on held-out data."""
-    job.child.deadline = time_limit(job.options.timeout, job.source, len(job.held_out))
+    job.child.deadline = time_limit(job.options.timeout, job.source, len(job.judged_on))
     sets = factorize(chosen, group_by_name(job.finding), job.weights, job.statistics, job.methods, job.options.seed, job.progress)
     neutral = rewrite(job.source.model, sets) if sets else None
     model = lower(neutral.clone(), job.runtime.lowering(job.options.target)) if neutral is not None else None
     path = save_lowered(model, job.source, job.scratch / f"trial-{number}", job.options.external_data)
     with build(job.child, job.options.target, job.original) as dense, build(job.child, job.options.target, path) as engine:
-        evidence = measure(dense, engine, job.held_out, job.inputs, job.metric)
+        evidence = measure(dense, engine, job.judged_on, job.metric)
     evidence = judge(evidence, job.options.budget.max_error, unchanged=not sets)
     return Attempt(annotate(chosen, sets), sets, neutral, model, path, evidence)
 
@@ -198,11 +234,11 @@ def _prove(best: Attempt, job: Job) -> Evidence:
     target, child, drawn = job.options.target, job.child, job.drawn
     child.deadline = time_limit(job.options.timeout, job.source, 8 * len(drawn))
     if best.model is None:
-        return best.evidence.with_noise(noise_of(child, target, job.original, None, drawn, job.inputs).relative)
+        return best.evidence.with_noise(noise_of(child, target, job.original, None, drawn).relative)
     shaken = save_lowered(jittered(job.source.model, best.sets, job.weights.matrix, job.options.seed), job.source, job.scratch / "jittered")
-    noise = noise_of(child, target, job.original, shaken, drawn, job.inputs)
+    noise = noise_of(child, target, job.original, shaken, drawn)
     oracle = save_lowered(reconstructed(job.source.model, best.sets), job.source, job.scratch / "oracle")
-    if wrong := check_rewrite(child, target, oracle, best.path, noise, drawn, job.inputs):
+    if wrong := check_rewrite(child, target, oracle, best.path, noise, drawn):
         raise VerificationError(f"the rewritten graph does not compute what its factors say: {'; '.join(wrong)}")
     return best.evidence.with_noise(noise.relative)
 

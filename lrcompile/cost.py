@@ -7,18 +7,18 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from lrcompile.graph import FLOATS, tensors
+from lrcompile.graph import FLOATS, dims, tensors
 from lrcompile.records import Group, Site
 
 
 def parameters_of(model: ir.Model) -> int:
     """Elements of all float and all at most 8-bit constants, each tensor once."""
-    return sum(math.prod(t.shape) for t in _distinct(model) if t.dtype in FLOATS or t.dtype.bitwidth <= 8)
+    return sum(math.prod(dims(t)) for t in _distinct(model) if t.dtype in FLOATS or t.dtype.bitwidth <= 8)
 
 
 def bytes_of(model: ir.Model) -> int:
     """Bytes of all constants, each tensor once."""
-    return sum(math.ceil(math.prod(t.shape) * t.dtype.bitwidth / 8) for t in _distinct(model) if t.dtype != ir.DataType.STRING)
+    return sum(math.ceil(math.prod(dims(t)) * t.dtype.bitwidth / 8) for t in _distinct(model) if t.dtype != ir.DataType.STRING)
 
 
 def _distinct(model: ir.Model) -> Sequence[ir.TensorProtocol]:

@@ -11,13 +11,13 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
 
 from lrcompile.errors import UsageError
-from lrcompile.graph import is_overridable, tensor_of
+from lrcompile.graph import dims, tensor_of
 from lrcompile.interfaces import Array
 from lrcompile.store import load_function, read_npz
 
@@ -94,7 +94,7 @@ def open_feeds(data: Data, inputs: Sequence[Input], batch: int = 8) -> Feeds:
         for name in sorted(feed):
             array = feed[name]
             digest.update(repr((name, array.dtype.str, array.shape)).encode())
-            digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8) if array.dtype != object else repr(array.tolist()).encode())
+            digest.update(repr(array.tolist()).encode() if array.dtype.hasobject else np.ascontiguousarray(array).tobytes())
     if count == 0:
         raise UsageError(f"{origin} holds no feed")
     return Feeds(checked, count, digest.hexdigest(), origin)
@@ -185,17 +185,26 @@ def calibration_and_held_out(
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """One guess at what is legal. dims: length of free axes. integers: how those without a known bound are drawn."""
+    """One guess at what is legal. batch, length: of free axes, None: as in the user's first feed.
 
-    batch: int
-    length: int
-    integers: str  # "random", "copy", "ones", "zeros"
+    integers: how those without a known bound are drawn; "copy": from the user's first feed.
+    """
+
+    batch: int | None
+    length: int | None
+    integers: Literal["random", "copy", "ones", "zeros"]
+
+    @property
+    def needs_data(self) -> bool:
+        return self.batch is None or self.integers == "copy"
 
 
 # From the usual to the last resort; the first one that the original accepts is used.
 STYLES = (
     Style(2, 8, "random"),
     Style(2, 8, "copy"),
+    Style(None, None, "random"),
+    Style(None, None, "copy"),
     Style(2, 8, "ones"),
     Style(1, 8, "random"),
     Style(1, 1, "ones"),
@@ -207,8 +216,8 @@ STYLES = (
 def draw(model: ir.Model, style: Style, seed: int, count: int, dims: Mapping[str, int], like: Feed | None = None) -> Feeds:
     """Seeded feeds: floats normal, ids below the smallest table that they index, masks one, pasts empty.
 
-    dims: values of symbolic dimensions. like: a feed of the user's, of which only integers without a known bound are
-    copied (style "copy"): such integers steer shapes or loops.
+    dims: values of symbolic dimensions. like: a feed of the user's, of which only shapes are taken, and integers without a known
+    bound (style "copy"): such integers steer shapes or loops.
     """
     inputs = inputs_of(model)
     values = {v.name: v for v in model.graph.inputs}
@@ -223,23 +232,27 @@ def draw(model: ir.Model, style: Style, seed: int, count: int, dims: Mapping[str
 
 
 def _array(want: Input, rng: np.random.Generator, style: Style, sizes: dict[str, int], bound: int | None, like: Feed | None) -> Array:
-    shape = tuple(_length(d, axis, want, style, sizes) for axis, d in enumerate(want.shape or ()))
+    if style.batch is None and like is not None:
+        shape = like[want.name].shape
+    else:
+        shape = tuple(_length(d, axis, want, style, sizes) for axis, d in enumerate(want.shape or ()))
     if want.dtype.kind in "iu" and bound is None and style.integers == "copy" and like is not None:
         return like[want.name]
+    return _values(want, shape, rng, style, bound).astype(want.dtype)
+
+
+def _values(want: Input, shape: tuple[int, ...], rng: np.random.Generator, style: Style, bound: int | None) -> Array:
     if want.dtype == np.bool_ or "mask" in want.name.lower():
-        return np.ones(shape, want.dtype)
+        return np.ones(shape)
     if want.dtype.kind in "iu":
         if "position" in want.name.lower() and shape:
-            return np.broadcast_to(np.arange(shape[-1]) % (bound or shape[-1] or 1), shape).astype(want.dtype)
-        if bound is None:
-            fill = {"ones": 1, "zeros": 0}.get(style.integers)
-            return np.full(shape, fill, want.dtype) if fill is not None else rng.integers(0, 3, shape).astype(want.dtype)
-        return rng.integers(0, max(bound, 1), shape).astype(want.dtype)
+            return np.broadcast_to(np.arange(shape[-1]) % (bound or shape[-1] or 1), shape)
+        if bound is None and style.integers in ("ones", "zeros"):
+            return np.full(shape, 1 if style.integers == "ones" else 0)
+        return np.asarray(rng.integers(0, max(3 if bound is None else bound, 1), shape))
     if want.dtype.kind in "OUS":
         return np.full(shape, "text", dtype=object)
-    if want.dtype.kind == "c":
-        return (rng.standard_normal(shape) + 1j * rng.standard_normal(shape)).astype(want.dtype)
-    return rng.standard_normal(shape).astype(want.dtype)
+    return np.asarray(rng.standard_normal(shape))
 
 
 def _length(dim: int | str | None, axis: int, want: Input, style: Style, sizes: dict[str, int]) -> int:
@@ -253,7 +266,7 @@ def _length(dim: int | str | None, axis: int, want: Input, style: Style, sizes: 
         elif "past" in name.lower():
             sizes[name] = 0
         else:
-            sizes[name] = style.batch if axis == 0 else style.length
+            sizes[name] = (style.batch if axis == 0 else style.length) or 1
     return sizes[name]
 
 
@@ -276,10 +289,11 @@ def _id_bound(value: ir.Value) -> int | None:
 
 
 def _rows(table: ir.Value, axis: int) -> int | None:
-    tensor = tensor_of(table)
-    shape: Sequence[Any] | None = tensor.shape if tensor is not None else table.shape
-    if tensor is None and table.is_initializer() and is_overridable(table) and table.const_value is not None:
-        shape = table.const_value.shape
-    if shape is None or not -len(shape) <= axis < len(shape) or not isinstance(shape[axis], int):
+    tensor = table.const_value if table.is_initializer() else tensor_of(table)
+    if tensor is not None:
+        shape = dims(tensor)
+        return shape[axis] if -len(shape) <= axis < len(shape) else None
+    if table.shape is None or not -len(table.shape) <= axis < len(table.shape):
         return None
-    return int(shape[axis])
+    size = table.shape[axis]
+    return size if isinstance(size, int) else None

@@ -1,7 +1,7 @@
 """How far outputs moved: relative L2, SNR, cosine, largest difference, and for logits KL and top-1 agreement.
 
-Sums are float64 and grow feed by feed; a row is the last axis (a scalar or vector is one row). Non-finite values must stand in
-the same places in both, and are left out of the sums.
+Sums are float64 and grow feed by feed; a row is the last axis (a scalar or vector is one row). Where the original is not finite
+nothing is summed; where only the other one is not, that is a problem of its own.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ class Movement:
     """Running sums over the feeds for one output; a is the original's, b the compiled's."""
 
     name: str
+    eps: float = 0.0  # of the output's type
     count: int = 0  # numbers compared
     difference: float = 0.0  # sum of (a - b)^2
     energy: float = 0.0  # sum of a^2
@@ -31,7 +32,8 @@ class Movement:
     rows: int = 0
     divergence: float = 0.0  # sum over rows of KL(softmax a || softmax b)
     agreed: int = 0  # rows whose largest entry is the same
-    problem: str = ""  # shapes, types or non-finite values that differ
+    problem: str = ""  # shapes that differ, strings that differ, NaN or Inf where the original is finite
+    drift: bool = False  # NaN or Inf of the original that came out otherwise: Inf times a rounded zero does that
 
     @property
     def is_logits(self) -> bool:
@@ -58,8 +60,10 @@ class Movement:
 
     def _block(self, a: Array, b: Array) -> None:
         finite = np.isfinite(a)
-        if not np.array_equal(a[~finite], b[~finite], equal_nan=True) or not np.isfinite(b[finite]).all():
-            self.problem = self.problem or "NaN or infinite values stand in other places"
+        if not np.isfinite(b[finite]).all():
+            self.problem = self.problem or "NaN or infinite values where the original's are finite"
+        if not np.array_equal(a[~finite], b[~finite], equal_nan=True):
+            self.drift = True
         both = finite & np.isfinite(b)
         a, b = np.where(both, a, 0.0), np.where(both, b, 0.0)
         d = a - b
@@ -78,6 +82,11 @@ class Movement:
             p, q = _log_softmax(a), _log_softmax(b)
             self.divergence += float((np.exp(p) * (p - q)).sum())
             self.agreed += int((a.argmax(axis=1) == b.argmax(axis=1)).sum())
+
+    @property
+    def resolution(self) -> float:
+        """One unit in the last place of the largest value, in the output's own type."""
+        return self.eps * self.peak
 
     @property
     def relative_l2(self) -> float:

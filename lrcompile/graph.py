@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ class Body:
     graph: ir.Graph
     path: str
     function: ir.Function | None = None
+    owner: ir.Node | None = None  # the If, Loop or Scan whose body this is
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,7 @@ def bodies(model: ir.Model) -> Iterator[Body]:
                 for graph in _graphs_of(attribute):
                     where = f"{attribute.name} of {node.name or node.op_type}"
                     path = f"{where} in {body.path}" if body.path else where
-                    pending.append(Body(graph, path, body.function))
+                    pending.append(Body(graph, path, body.function, node))
 
 
 def nodes(model: ir.Model) -> Iterator[tuple[Body, ir.Node]]:
@@ -131,6 +132,28 @@ def mark_constants(model: ir.Model) -> None:
             value.meta["lrcompile.constant"] = True
 
 
+def reached_from(model: ir.Model, starts: Iterable[ir.Node]) -> set[ir.Node]:
+    """The nodes that compute with what these nodes compute, through bodies too, and these nodes themselves."""
+    owners = {body.graph: body.owner for body in bodies(model)}
+    pending, reached = list(starts), set[ir.Node]()
+    while pending:
+        node = pending.pop()
+        if node in reached:
+            continue
+        reached.add(node)
+        for value in node.outputs:
+            pending.extend(value.consumers())
+        owner = owners.get(node.graph) if isinstance(node.graph, ir.Graph) else None
+        if owner is not None:
+            pending.append(owner)
+    return reached
+
+
+def dims(tensor: ir.TensorProtocol) -> tuple[int, ...]:
+    """A tensor's shape in numbers."""
+    return tuple(int(n) for n in tensor.shape.numpy())
+
+
 def opset_of(model: ir.Model) -> int:
     """Version of the default domain."""
     return model.opset_imports.get("", 1)
@@ -143,8 +166,8 @@ def shapes_of(model: ir.Model, inputs: Mapping[str, tuple[int, ...]] | None = No
     """
     copy = model.clone()
     for value in copy.graph.inputs:
-        if inputs is not None and value.name in inputs:
-            value.shape = ir.Shape(inputs[value.name])
+        if inputs is not None and (known := inputs.get(value.name or "")) is not None:
+            value.shape = ir.Shape(known)
     if inputs is not None:  # what the file says of inner values would be held against the numbers
         for _, node in nodes(copy):
             for value in node.outputs:

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import onnx_ir as ir
 
 from lrcompile.records import Candidate, Decision, Group, InputStatistics, Kind, Refusal, Site
+
+if TYPE_CHECKING:  # half a second, which every child process would pay
+    import onnx_ir as ir
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Factors = Mapping[str, Array]

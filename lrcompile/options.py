@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from lrcompile.errors import UsageError
-from lrcompile.records import Budget, Plan
+from lrcompile.records import Budget, Limit, Plan
+
+logger = logging.getLogger(__name__)
+
+# What holds when neither a budget nor a plan is given.
+DEFAULT_LIMIT = Limit("cosine", 0.99)
 
 Data = str | Path | Iterable[Mapping[str, Any]] | Callable[[], Iterable[Mapping[str, Any]]]
 
@@ -57,16 +63,29 @@ class Options:
             raise UsageError(f"--objective {b.objective}: this version minimises size only")
         if self.batch < 1 or self.threads < 1:
             raise UsageError("--batch and --threads are at least 1")
-        if self.data is None and self.budget.rank != "full" and self.plan is None and self.needs_data:
+        if self.metric is None and any(limit.name == "metric" for limit in b.max_error):
+            raise UsageError("--max-error metric=.. needs --metric f.py:func")
+
+    def completed(self) -> Options:
+        """These options, checked, with the default budget where none is given. Raises UsageError where data is missing for it."""
+        self.check()
+        given = self.budget.bounds_size or self.budget.max_error or self.plan is not None
+        if not given and self.data is None and self.verify_data is None:
+            raise UsageError(
+                f"no budget is given, and the default (--max-error {DEFAULT_LIMIT}) needs --data: give --data, "
+                "or --keep, --energy, --rank, --max-error or --plan"
+            )
+        if not given:
+            logger.info("no budget is given: --max-error %s", DEFAULT_LIMIT)
+        options = self if given else replace(self, budget=replace(self.budget, max_error=(DEFAULT_LIMIT,)))
+        if self.data is None and "auto" in self.methods and options._changes_weights:
             raise UsageError(
                 "without --data there is nothing to weigh the weights by: give --data, or --rank full (identity), "
                 "or name a method that needs none, such as --methods svd-plain with --keep, --energy or --rank"
             )
-        if self.metric is None and any(limit.name == "metric" for limit in b.max_error):
-            raise UsageError("--max-error metric=.. needs --metric f.py:func")
+        return options
 
     @property
-    def needs_data(self) -> bool:
-        """Whether what was asked for cannot be done without data: no budget at all, or the default methods."""
-        b = self.budget
-        return "auto" in self.methods or (b.keep is None and b.energy is None and b.rank is None and not b.max_error)
+    def _changes_weights(self) -> bool:
+        """Whether a method must choose what to leave out: not at full rank, nor where everything is kept or a plan decides."""
+        return self.plan is None and self.budget.rank != "full" and self.budget.keep != 1.0

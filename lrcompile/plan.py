@@ -130,7 +130,7 @@ def _curve(
     for method in methods:
         if method.name == "dense":
             continue
-        if refusal := method.serves(group):
+        if (refusal := method.serves(group)) is not None:
             reasons.append(refusal.reason)
         elif full and not method.exact_at_full_rank:
             reasons.append(f"{method.name} is not exact at full rank")
@@ -139,7 +139,8 @@ def _curve(
         else:
             for candidate in method.candidates(group, weights, statistics, options):
                 reason = None if full else _costs(candidate, dense)
-                reason = reason or ((no := supports(_decision(group, candidate, ""))) and no.reason)
+                if reason is None and (no := supports(_decision(group, candidate, ""))) is not None:
+                    reason = no.reason
                 if reason is None:
                     found.append(candidate)
                 elif reason not in reasons:
@@ -297,15 +298,25 @@ def _refused(site: Site) -> Decision:
     )  # fmt: skip
 
 
-def check_plan(given: Plan, finding: Finding, methods: Mapping[str, Factorization]) -> Plan:
-    """A plan that a user edited, held against the model. Raises UsageError naming the group that does not fit."""
+def check_plan(
+    given: Plan, finding: Finding, methods: Mapping[str, Factorization], weights: Weights, statistics: StatisticsSource | None,
+    target: str,
+) -> Plan:
+    """A plan that a user may have edited, held against the model: cost and error are those of what it now asks for.
+
+    Raises UsageError naming the group that does not fit.
+    """
+    if given.target != target:
+        raise UsageError(f"the plan is for {given.target}, not for {target}: give --target {given.target}, or plan again")
     groups = {g.name: g for g in finding.groups}
     refused = {s.name for s in finding.sites if s.refusal is not None}
     taken: dict[str, str] = {}
+    decisions = []
     for decision in given.decisions:
-        group = groups.get(decision.group)
         if not decision.rewrites:
+            decisions.append(decision)
             continue
+        group = groups.get(decision.group)
         if group is None:
             why = "cannot be rewritten" if decision.group in refused else "is not in this model"
             raise UsageError(f"the plan rewrites {decision.group!r}, which {why}")
@@ -322,7 +333,25 @@ def check_plan(given: Plan, finding: Finding, methods: Mapping[str, Factorizatio
             if name in taken:
                 raise UsageError(f"the plan rewrites {name!r} twice: in {taken[name]!r} and in {decision.group!r}")
             taken[name] = decision.group
-    return given
+        decisions.append(_priced(decision, group, methods[decision.method], weights, statistics))
+    return replace(given, decisions=tuple(decisions))
+
+
+def _priced(
+    decision: Decision, group: Group, method: Factorization, weights: Weights, statistics: StatisticsSource | None
+) -> Decision:
+    """The decision with the cost and the error of the form that it names."""
+    ranks = (decision.rank,) if decision.rank is not None else None
+    form = (decision.rank, decision.structure, decision.storage)
+    for options in (CandidateOptions(full=True), CandidateOptions(ranks=ranks)):
+        if options.full and not method.exact_at_full_rank:
+            continue
+        if not options.full and method.needs_data and not any(statistics and statistics.of(s) for s in group.sites):
+            raise UsageError(f"the plan asks for {method.name!r} at {group.name!r}, which needs calibration data there: give --data")
+        for candidate in method.candidates(group, weights, statistics, options):
+            if (candidate.rank, candidate.structure, candidate.storage) == form:
+                return _decision(group, candidate, decision.reason)
+    raise UsageError(f"the plan asks for {method.name!r} at {group.name!r} in a form that it does not have: {form}")
 
 
 def group_by_name(finding: Finding) -> Mapping[str, Group]:

@@ -183,8 +183,7 @@ def _rows(package: Package, first: Feed) -> dict[str, int]:
     for site in package.finding.sites:
         if site.refusal is None:
             shape = shapes.get(site.data)
-            known = shape is not None and all(isinstance(d, int) for d in shape)
-            size = math.prod(int(d) for d in shape) if shape is not None and known else site.K  # type: ignore[call-overload]
+            size = math.prod(shape.numpy()) if shape is not None and shape.is_static() else site.K
             rows[site.name] = size if site.kind == "lookup" else max(size // max(site.K, 1), 0)
     return rows
 

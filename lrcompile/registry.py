@@ -135,8 +135,10 @@ def _third_party(entry: importlib.metadata.EntryPoint) -> object:
     """Load it; whatever its code raises is that plugin's trouble, not ours."""
     try:
         return entry.load()
+    except ImportError:
+        raise
     except Exception as error:
-        logger.warning("entry point %s cannot be loaded: %s", entry.name, error)
+        logger.debug("entry point %s cannot be loaded", entry.name, exc_info=True)
         raise ImportError(f"{type(error).__name__}: {error}") from error
 
 

@@ -54,7 +54,7 @@ def jittered(model: ir.Model, sets: Sequence[FactorSet], read: Callable[[Site], 
     names = Names(copy)
     for factors in sets:
         for site in factors.group.sites:
-            _replace_weight(copy, site, twins[site.node], names, _jitter(read, site, factors.storage, seed))
+            _replace_weight(copy, site, twins[site.node], names, _jitter(read, site, _coarser(site, factors.storage), seed))
     return copy
 
 
@@ -71,6 +71,12 @@ def _jitter(read: Callable[[Site], Array], site: Site, storage: ir.DataType, see
         return moved
 
     return weight
+
+
+def _coarser(site: Site, storage: ir.DataType) -> ir.DataType:
+    """Of the stored and the computing type the one with fewer digits: factors pass through both."""
+    by_digits = (ir.DataType.DOUBLE, ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+    return max(storage, ir.DataType[site.dtype.upper()], key=by_digits.index)
 
 
 def _copy(model: ir.Model) -> tuple[ir.Model, dict[ir.Node, ir.Node]]:

@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lrcompile import wiring
-from lrcompile.graph import FLOATS, is_overridable, mark_constants, nodes, shapes_of, tensor_of
+from lrcompile.graph import FLOATS, dims, is_overridable, mark_constants, nodes, reached_from, shapes_of, tensor_of
 from lrcompile.grouping import groups_of
 from lrcompile.records import Bias, Finding, Kind, Layout, Site
 
@@ -46,6 +46,9 @@ _READERS: dict[tuple[str, str], tuple[int, ...]] = {
 _LAYOUT_OPS = frozenset({"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Identity"})
 _NUMBER_OPS = frozenset({"Cast", "DequantizeLinear", "Mul"})
 
+_NOT_FINITE = "the weight holds NaN or Inf"
+_SPOILED = "it computes with what a weight of NaN or Inf gave: factors would turn an Inf into NaN"
+
 
 def find(model: ir.Model) -> Finding:
     """All sites of the model and their groups. Pure: the model is not changed (IR 3 constants are marked in `meta`)."""
@@ -65,8 +68,10 @@ def find(model: ir.Model) -> Finding:
                 site = replace(site, refusal="stands in a local function that could not be inlined")
             if site.refusal is None and not _is_finite(site, finite):
                 logger.warning("%s: the weight %s holds NaN or Inf and is left as it is", site.name, site.weight)
-                site = replace(site, refusal="the weight holds NaN or Inf")
+                site = replace(site, refusal=_NOT_FINITE)
             sites.append(replace(site, name=_unique(site.name, used)))
+    spoiled = reached_from(model, [s.node for s in sites if s.refusal == _NOT_FINITE])
+    sites = [replace(s, refusal=_SPOILED) if s.refusal is None and s.node in spoiled else s for s in sites]
     return Finding(tuple(sites), groups_of(sites))
 
 
@@ -82,7 +87,7 @@ def _site(node: ir.Node, operand: int, ranks: dict[ir.Value, int], path: str) ->
     tensor = stored_value.const_value if stored_value.producer() is None else tensor_of(stored_value)
     if tensor is None:
         return None
-    shape = tuple(int(n) for n in tensor.shape)
+    shape = dims(tensor)
     dtype = _dtype(value) or _dtype(root) or tensor.dtype
     kind: Kind = "other"
     wired = None
@@ -175,7 +180,7 @@ def _trace(value: ir.Value) -> tuple[ir.Value, ir.Value, Layout | None, str | No
         else:
             return None
         source = node.inputs[0]
-        if node.op_type == "Mul" and _is_constant(node.inputs[0]) and _size(node.inputs[0]) < _size(node.inputs[1]):
+        if node.op_type == "Mul" and _extent(node.inputs[0]) < _extent(node.inputs[1]):  # the other one is the scale
             source = node.inputs[1]
         if source is None:
             return None
@@ -185,7 +190,7 @@ def _trace(value: ir.Value) -> tuple[ir.Value, ir.Value, Layout | None, str | No
             return None
     tensor = at.const_value if at.producer() is None else tensor_of(at)
     assert tensor is not None
-    shape = tuple(int(n) for n in tensor.shape)
+    shape = dims(tensor)
     if root is not None:
         known = _shape_through(list(reversed(numbers)), shape)
         if known is None:
@@ -216,13 +221,13 @@ def _is_scaling(node: ir.Node) -> bool:
     return all(_is_constant(v) for v in node.inputs)
 
 
-def _size(value: ir.Value | None) -> int:
-    """Elements of the constant behind a value, as far as they are known."""
+def _extent(value: ir.Value | None) -> tuple[int, int]:
+    """Elements and axes of the constant behind a value, by which a weight is told from its scale."""
     while value is not None and tensor_of(value) is None:
         node = value.producer()
         value = node.inputs[0] if node is not None and node.inputs else None
     tensor = tensor_of(value)
-    return int(tensor.size) if tensor is not None else 0
+    return (int(tensor.size), len(tensor.shape)) if tensor is not None else (0, 0)
 
 
 def _shape_through(chain: list[ir.Node], shape: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -232,8 +237,7 @@ def _shape_through(chain: list[ir.Node], shape: tuple[int, ...]) -> tuple[int, .
         if node.op_type in _LAYOUT_OPS:
             layout = _step(layout, node) if layout is not None else None
         elif node.op_type == "Mul" and layout is not None:
-            sizes = [_size(v) for v in node.inputs]
-            if max(sizes) > math.prod(layout.shape):
+            if max(_extent(v)[0] for v in node.inputs) > math.prod(layout.shape):
                 return None
     return layout.shape if layout is not None else None
 
@@ -294,7 +298,7 @@ def _as_bias(site: Site, node: ir.Node, index: int, value: ir.Value | None, scal
     tensor = tensor_of(value)
     if value is None or tensor is None or scale == 0.0 or tensor.dtype not in FLOATS:
         return None
-    shape = tuple(int(n) for n in tensor.shape)
+    shape = dims(tensor)
     # (N,) or (1, .., N); a longer shape than the product's could widen it, so at most the product's two axes count
     if not shape or shape[-1] != site.N or math.prod(shape) != site.N or len(shape) > 2:
         return None

@@ -7,6 +7,7 @@ values in the same places, and (first question) ``max|a-b| <= max(10 noise, 1e-5
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import ml_dtypes
 import numpy as np
 from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
@@ -21,7 +23,7 @@ from polygraphy.comparator import Comparator
 from polygraphy.logger import G_LOGGER
 
 from lrcompile.errors import LrcompileError, UsageError, VerificationError
-from lrcompile.feeds import Feed, Feeds, Input
+from lrcompile.feeds import Feed, Feeds
 from lrcompile.figures import Movement
 from lrcompile.interfaces import Array, BuildOptions, Engine
 from lrcompile.records import Evidence, Limit, OutputEvidence
@@ -37,24 +39,31 @@ Metric = Callable[[Callable[[Feed], Mapping[str, Array]], Iterable[Feed]], float
 
 @dataclass(frozen=True, slots=True)
 class Noise:
-    """What the original moves by itself, per output: largest difference, and relative L2."""
+    """What the original moves by itself, per output: largest difference, and relative L2.
+
+    drifts: outputs in which NaN and Inf already change places by themselves.
+    """
 
     largest: Mapping[str, float]
     relative: Mapping[str, float]
+    drifts: frozenset[str] = frozenset()
 
 
 class EngineRunner(BaseRunner):  # type: ignore[misc]
-    """One of our engines as a Polygraphy runner. Activation and release are the engine owner's business."""
+    """One of our engines as a Polygraphy runner. Activation and release are the engine owner's business.
 
-    def __init__(self, engine: Engine, inputs: Sequence[Input], name: str) -> None:
+    eps: by output, the relative distance of two neighbouring numbers of its type.
+    """
+
+    def __init__(self, engine: Engine, like: Feed, name: str) -> None:
         super().__init__(name=name)
-        self._engine, self._inputs = engine, inputs
+        self._engine, self._like = engine, like
+        self.eps: dict[str, float] = {}
 
     def get_input_metadata_impl(self) -> Any:
         metadata = TensorMetadata()
-        for i in self._inputs:
-            shape = None if i.shape is None else tuple(d if isinstance(d, int) else None for d in i.shape)
-            metadata.add(i.name, i.dtype, shape)
+        for name, array in self._like.items():
+            metadata.add(name, array.dtype, (None,) * array.ndim)
         return metadata
 
     def infer(self, feed_dict: Feed, check_inputs: bool = True, *args: Any, **kwargs: Any) -> Any:
@@ -63,7 +72,9 @@ class EngineRunner(BaseRunner):  # type: ignore[misc]
 
     def infer_impl(self, feed_dict: Feed) -> OrderedDict[str, Array]:
         self.inference_time = 0.0  # never a figure of ours: times come from interleaved runs
-        return OrderedDict((n, _widened(a)) for n, a in self._engine.run(dict(feed_dict)).items())
+        outputs = self._engine.run(dict(feed_dict))
+        self.eps = {n: float(ml_dtypes.finfo(a.dtype).eps) for n, a in outputs.items() if _is_float(a)}
+        return OrderedDict((n, _widened(a)) for n, a in outputs.items())
 
 
 class Strict:
@@ -84,48 +95,61 @@ class Strict:
         return OrderedDict((name, not self.movements[name].problem) for name in a if name in b)
 
 
-def compare(first: Engine, second: Engine, feeds: Iterable[Feed], inputs: Sequence[Input]) -> Strict:
+def compare(first: Engine, second: Engine, feeds: Iterable[Feed]) -> Strict:
     """Both engines on the same feeds, one feed at a time. Raises VerificationError when nothing could be compared."""
     policy = Strict()
-    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
-        runners = [EngineRunner(first, inputs, "original"), EngineRunner(second, inputs, "compiled")]
-        stream = Comparator.run(runners, data_loader=iter(feeds), streaming=True)
-        Comparator.compare_accuracy(stream, compare_func=policy)
-    if not policy.movements and not policy.failures:
-        raise VerificationError("nothing was compared: no feed, or no output")
+    stream_of_feeds = iter(feeds)
+    like = next(stream_of_feeds, None)
+    if like is not None:
+        runners = [EngineRunner(first, like, "original"), EngineRunner(second, like, "compiled")]
+        with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+            stream = Comparator.run(runners, data_loader=itertools.chain([like], stream_of_feeds), streaming=True)
+            Comparator.compare_accuracy(stream, compare_func=policy)
+        for name, moved in policy.movements.items():
+            moved.eps = runners[0].eps.get(name, 0.0)
+    if not policy.failures and not any(m.count for m in policy.movements.values()):
+        raise VerificationError("nothing was compared: no feed, no output, or outputs without a single number")
     return policy
 
 
 def noise_of(
-    child: Child, target: str, original: Path, jittered: Path | None, feeds: Iterable[Feed], inputs: Sequence[Input]
+    child: Child, target: str, original: Path, jittered: Path | None, feeds: Iterable[Feed]
 ) -> Noise:
-    """The larger of two movements of the original: its optimisations off against on, and its rewritten weights jittered."""
+    """The larger of two movements of the original: its optimisations off against on, and its rewritten weights jittered.
+
+    Never less than one unit in the last place of an output's own type, by which two right answers may differ.
+    """
     largest: dict[str, float] = {}
     relative: dict[str, float] = {}
+    drifts: set[str] = set()
     others = [(original, BuildOptions(target, optimize=False))]
     others += [(jittered, BuildOptions(target))] if jittered is not None else []
     with child.build(target, original, BuildOptions(target)) as first:
         for path, options in others:
             with child.build(target, path, options) as second:
-                for name, moved in compare(first, second, feeds, inputs).movements.items():
-                    largest[name] = max(largest.get(name, 0.0), moved.largest)
+                for name, moved in compare(first, second, feeds).movements.items():
+                    drifts |= {name} if moved.drift or moved.problem else set()
+                    largest[name] = max(largest.get(name, 0.0), moved.largest, moved.resolution)
                     relative[name] = max(relative.get(name, 0.0), moved.relative_l2)
-    return Noise(largest, relative)
+    return Noise(largest, relative, frozenset(drifts))
 
 
 def check_rewrite(
-    child: Child, target: str, oracle: Path, lowered: Path, noise: Noise, feeds: Iterable[Feed], inputs: Sequence[Input]
+    child: Child, target: str, oracle: Path, lowered: Path, noise: Noise, feeds: Iterable[Feed]
 ) -> tuple[str, ...]:
     """First question: the published model against the original graph with reconstructed weights. Sentences of what failed."""
     with child.build(target, oracle, BuildOptions(target)) as a, child.build(target, lowered, BuildOptions(target)) as b:
-        policy = compare(a, b, feeds, inputs)
-    return (*policy.failures, *(f for m in policy.movements.values() for f in _wrong(m, noise.largest.get(m.name, 0.0))))
+        policy = compare(a, b, feeds)
+    return (*policy.failures, *(f for m in policy.movements.values() for f in _wrong(m, noise)))
 
 
-def _wrong(moved: Movement, noise: float) -> Iterator[str]:
+def _wrong(moved: Movement, known: Noise) -> Iterator[str]:
+    noise = known.largest.get(moved.name, 0.0)
     allowed = max(10.0 * noise, 1e-5 * moved.peak + 1e-6)
-    if moved.problem:
+    if moved.problem and moved.name not in known.drifts:
         yield f"output {moved.name!r}: {moved.problem}"
+    elif moved.drift and moved.name not in known.drifts:
+        yield f"output {moved.name!r}: NaN or infinite values stand in other places"
     elif not moved.largest <= allowed:
         yield (
             f"output {moved.name!r} differs by {moved.largest:.3e} from the original with reconstructed weights, "
@@ -133,12 +157,12 @@ def _wrong(moved: Movement, noise: float) -> Iterator[str]:
         )
 
 
-def measure(first: Engine, second: Engine, feeds: Feeds, inputs: Sequence[Input], metric: tuple[Metric, float] | None) -> Evidence:
+def measure(first: Engine, second: Engine, feeds: Feeds, metric: tuple[Metric, float] | None) -> Evidence:
     """Second question: figures of every output on held-out data. The verdict is `judge`'s.
 
     metric: the user's function and what it says of the original.
     """
-    policy = compare(first, second, feeds, inputs)
+    policy = compare(first, second, feeds)
     problems = [f"output {m.name!r}: {m.problem}" for m in policy.movements.values() if m.problem]
     figures = tuple((n, m.evidence(0.0)) for n, m in policy.movements.items())
     values = (metric[1], score(metric[0], second, feeds)) if metric is not None else None
@@ -205,6 +229,10 @@ def parse_limits(text: str) -> tuple[Limit, ...]:
     return tuple(limits)
 
 
+def _is_float(array: Array) -> bool:
+    return array.dtype.kind == "f" or array.dtype.name.startswith(("bfloat", "float"))
+
+
 def _widened(array: Array) -> Array:
     """bfloat16, float8 and 4-bit types as float32: Polygraphy's comparator knows none of them."""
-    return array.astype(np.float32) if array.dtype.kind == "V" or array.dtype.name.startswith(("bfloat", "float8", "int4", "uint4")) else array
+    return array.astype(np.float32) if array.dtype.name.startswith(("bfloat", "float8", "float4", "int4", "uint4", "int2", "uint2")) else array

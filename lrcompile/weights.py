@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
-from lrcompile.graph import FLOATS, tensor_of
+from lrcompile.graph import FLOATS, dims, tensor_of
 from lrcompile.interfaces import Array, Factors
 from lrcompile.records import Site
 
@@ -52,15 +52,15 @@ class ModelWeights:
         return digest.hexdigest()
 
     def itemsize(self, site: Site) -> int:
-        return storage_of(site).itemsize
+        return storage_of(site).bitwidth // 8
 
     def _identity(self, value: ir.Value | None) -> object:
         tensor = tensor_of(value)
         if tensor is not None:
             if id(tensor) not in self._hashes:
                 array = np.ascontiguousarray(tensor.numpy())
-                self._hashes[id(tensor)] = hashlib.sha256(array.reshape(-1).view(np.uint8)).hexdigest()
-            return (tensor.dtype.name, tuple(tensor.shape), self._hashes[id(tensor)])
+                self._hashes[id(tensor)] = hashlib.sha256(array.reshape(-1).view(np.uint8).data).hexdigest()
+            return (tensor.dtype.name, dims(tensor), self._hashes[id(tensor)])
         node = value.producer() if value is not None else None
         if node is None:
             return None

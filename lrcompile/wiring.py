@@ -74,10 +74,11 @@ def _gemm(node: ir.Node, operand: int, layout: Layout, ranks: dict[ir.Value, int
     trans = bool(_int(node, "transA")), bool(_int(node, "transB"))
     addend = 2 if len(node.inputs) > 2 and node.inputs[2] is not None and beta != 0.0 else None
     swap: tuple[Step, ...] = (("transpose", (1, 0)),)
+    none: tuple[Step, ...] = ()
     if operand == 1:
-        before, after, flip = (swap if trans[0] else ()), (), trans[1]
+        before, after, flip = (swap if trans[0] else none), none, trans[1]
     else:
-        before, after, flip = (() if trans[1] else swap), swap, not trans[0]
+        before, after, flip = (none if trans[1] else swap), swap, not trans[0]
     matrix = layout.transpose((1, 0)) if flip else layout
     return "linear", Wiring(1 - operand, before, after, alpha, addend, beta), matrix
 

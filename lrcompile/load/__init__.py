@@ -133,8 +133,7 @@ def _build(
     legal.check(proto)
     with legal.foreign("onnx-ir cannot read it"):
         model = ir.from_proto(proto)
-    notes += functions.inline(model)
+    notes += functions.flatten(model)
     models.replace_tensors(model, arrays.replacement)
-    functions.make_names_unique(model)
     graph.mark_constants(model)
     return model, tuple(notes)

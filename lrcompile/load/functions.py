@@ -14,24 +14,52 @@ from lrcompile.load.legal import foreign
 _SKIPPED = "lrcompile.skipped"  # marks an output that the user left out
 
 
-def inline(model: ir.Model) -> list[str]:
-    """Inline the model's functions, in place. One that cannot be is left, with a note. Raises ModelError."""
-    if not model.functions:
-        return []
+def flatten(model: ir.Model) -> list[str]:
+    """Inline the model's functions and make its names unique, in place. Raises ModelError.
+
+    Gives a note for each function that cannot be inlined and is left.
+    """
+    own = {node for _, node in graph.nodes(model)}
+    notes = _inline(model) if model.functions else []
+    _make_names_unique(model, own)
+    return notes
+
+
+def _inline(model: ir.Model) -> list[str]:
     kept = _kept(model)
     for function in model.functions.values():
         _add_identities(function)
     for _, node in graph.nodes(model):
+        called = model.functions.get(node.op_identifier())
+        if called is not None and called.identifier() not in kept:
+            node.resize_outputs(len(called.outputs))  # the pass wants a value for each
         for output in node.outputs:
-            if not output.name:
+            if not output.name and called is not None:
+                output.name = None  # "take what the function calls it", which may be read inside
+            elif not output.name:
                 output.meta[_SKIPPED] = True
     with foreign("its functions cannot be inlined"):
-        ir.passes.common.InlinePass(lambda f: f.identifier() not in kept)(model)
+        _InlinePass(lambda f: f.identifier() not in kept)(model)
     for _, node in graph.nodes(model):
         for output in node.outputs:
             if output.meta.pop(_SKIPPED, False):
                 output.name = ""  # the pass has given it a name, which would ask the operator for it
     return [f"function {key[0]}::{key[1]} was left as it is: {reason}" for key, reason in kept.items()]
+
+
+class _InlinePass(ir.passes.common.InlinePass):
+    """onnx-ir's pass without its own way to unique names, which takes n^2 steps for n calls; ours comes afterwards."""
+
+    def _reset(self, model: ir.Model) -> None:
+        super()._reset(model)
+        self._used_value_names = _Forgetful()
+        self._used_node_names = _Forgetful()
+
+
+class _Forgetful(set[str]):
+    """A set that holds nothing, whatever is put in."""
+
+    def add(self, element: str) -> None: ...
 
 
 def _kept(model: ir.Model) -> dict[ir.OperatorIdentifier, str]:
@@ -92,38 +120,45 @@ def _add_identities(function: ir.Function) -> None:
         seen.add(function.outputs[index])
 
 
-def make_names_unique(model: ir.Model) -> None:
+def _make_names_unique(model: ir.Model, own: set[ir.Node]) -> None:
     """Rename, in place, nodes and inner values whose name another bears: ONNX Runtime refuses such nodes, and a name
-    that shadows one of an outer graph reads differently in different runtimes. Names of the interface stay.
+    that shadows one of an outer graph reads differently in different runtimes.
+
+    Names of the interface stay; own nodes keep theirs before those that come out of functions.
     """
     values, nodes = _Unique(), _Unique()
-    for body in graph.bodies(model):
-        if body.function is not None:
-            continue  # a name space of its own
-        named = [
-            *body.graph.inputs,
-            *body.graph.initializers.values(),
-            *(o for n in body.graph for o in n.outputs),
-        ]
-        for value in dict.fromkeys(named):
-            if value.name and (name := values.take(value.name)) != value.name:
-                value.name = name
-        for node in body.graph:
-            if node.name:
-                node.name = nodes.take(node.name)
+    bodies = [
+        body for body in graph.bodies(model) if body.function is None
+    ]  # a function is a name space of its own
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        values.name(value)
+    for body in bodies:
+        for value in (*body.graph.inputs, *body.graph.initializers.values()):
+            values.name(value)
+    for inlined in (False, True):
+        for body in bodies:
+            for node in body.graph:
+                if (node not in own) == inlined:
+                    nodes.name(node)
+                    for value in node.outputs:
+                        values.name(value)
 
 
 class _Unique:
-    """Names that were given out, each once."""
+    """Names that were given out, each once, and to whom."""
 
     def __init__(self) -> None:
-        self._taken: set[str] = set()
+        self._taken: dict[str, ir.Node | ir.Value] = {}
         self._counts: Counter[str] = Counter()
 
-    def take(self, wish: str) -> str:
+    def name(self, thing: ir.Node | ir.Value) -> None:
+        """Give a thing its own name if it has one and nobody else bears it, else the next that is free."""
+        if not (wish := thing.name) or self._taken.get(wish) is thing:
+            return
         name = wish
         while name in self._taken:
             self._counts[wish] += 1
             name = f"{wish}_{self._counts[wish] + 1}"
-        self._taken.add(name)
-        return name
+        self._taken[name] = thing
+        if name != wish:
+            thing.name = name

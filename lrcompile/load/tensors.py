@@ -113,7 +113,7 @@ class Arrays:
             return
         field = _FIELDS.get(tensor.data_type, "int32_data")
         wanted = count * 2 if tensor.data_type in _COMPLEX else count
-        if dtype.bitwidth < 8 and dtype not in _FLOAT6:
+        if dtype != ir.DataType.STRING and dtype.bitwidth < 8 and dtype not in _FLOAT6:
             wanted = _nbytes(dtype, count)  # packed, a byte in each entry
         if set(typed) - {field}:
             raise ModelError(

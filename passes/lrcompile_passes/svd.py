@@ -78,11 +78,13 @@ class Svd:
         energy = self._spectrum(group, weights, statistics)["energy"]
         tails = np.concatenate([np.cumsum(energy[::-1])[::-1], [0.0]])  # what is lost at rank 0, 1, ..
         total = max(float(tails[0]), np.finfo(np.float64).tiny)
+        # the plain form bounds the error of the weight, not that of what the data makes of it
+        bound = group.kind == "alone" and (self.needs_data or statistics is None)
         ranks = options.ranks if options.ranks is not None else range(options.multiple, full + 1, options.multiple)
         for rank in ranks:
             if 1 <= rank <= full:
                 error = float(np.sqrt(tails[min(rank, len(energy))] / total)) + _CLAIM_SLACK
-                yield Candidate(self.name, rank, cost(rank), error, bound=group.kind == "alone")
+                yield Candidate(self.name, rank, cost(rank), error, bound)
 
     def factorize(
         self, group: Group, weights: Weights, statistics: StatisticsSource | None, candidate: Candidate, seed: int
@@ -110,7 +112,7 @@ class Svd:
     def reconstruct(self, group: Group, factors: Factors) -> Mapping[Constant, Array]:
         w = factors["a"].astype(np.float64) @ factors["b"].astype(np.float64)
         changed = {(s.name, "weight"): w.T if t else w for s, t in zip(group.sites, group.transposed, strict=True)}
-        return changed | self.edits(group, factors)
+        return {**changed, **self.edits(group, factors)}
 
     def emit(self, op: Op, call: Call) -> ir.Value:
         a, b = call.factors["a"], call.factors["b"]
@@ -173,7 +175,8 @@ def _left_moment(group: Group, statistics: StatisticsSource | None, centred: boo
         return None
     if len({p.ndim for p in parts}) > 1:  # a lookup and a product read the same orientation: one dense moment
         parts = [np.diag(p) if p.ndim == 1 else p for p in parts]
-    return np.sum(parts, axis=0)
+    moment: Array = np.sum(parts, axis=0)
+    return moment
 
 
 def _right_root(group: Group, statistics: StatisticsSource | None) -> tuple[Array, Array] | None:

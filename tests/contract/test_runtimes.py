@@ -195,7 +195,7 @@ def test_an_unknown_operator_is_named(target: str, tmp_path: Path) -> None:
 def test_a_run_that_fails_is_told_in_the_runtimes_words(target: str, tmp_path: Path) -> None:
     node = helper.make_node("Reshape", ["x", "shape"], ["y"], name="bend")
     path = save(tmp_path, [node], [("x", FLOAT, [6]), ("shape", INT64, [1])], [("y", FLOAT, None)])
-    with build(target, path) as engine, pytest.raises(BuildError, match="cannot run the model: .*reshape"):
+    with build(target, path) as engine, pytest.raises(BuildError, match=r"cannot run the model: .*reshape"):
         engine.run({"x": np.ones(6, np.float32), "shape": np.array([4])})
 
 

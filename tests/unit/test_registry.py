@@ -71,9 +71,9 @@ def test_what_cannot_be_imported_fails_only_when_asked_for(install: Install) -> 
     assert "lost" not in registry.runtimes()
     assert registry.runtime_of("ort-cpu").name == "ort"
     assert "tensorrt_rtx_not_there" in registry.missing()["lost"]
-    with pytest.raises(PluginError, match="target 'lost' cannot be loaded: .*No module named"):
+    with pytest.raises(PluginError, match=r"target 'lost' cannot be loaded: .*No module named"):
         registry.runtime_of("lost")
-    with pytest.raises(UsageError, match="unknown target 'lots'.*not loaded: lost"):
+    with pytest.raises(UsageError, match=r"unknown target 'lots'.*not loaded: lost"):
         registry.runtime_of("lots")
 
 
