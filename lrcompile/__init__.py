@@ -16,8 +16,11 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lrcompile.bench import Race
     from lrcompile.child import Child
+    from lrcompile.commands import Verification, bench, inspect, plan, verify
     from lrcompile.compile import compile  # noqa: A004
+    from lrcompile.doctor import Check, doctor
     from lrcompile.errors import (
         BudgetError,
         BuildError,
@@ -27,8 +30,11 @@ if TYPE_CHECKING:
         UsageError,
         VerificationError,
     )
+    from lrcompile.export import export
+    from lrcompile.inspection import Inspection
     from lrcompile.load import load
     from lrcompile.options import Options
+    from lrcompile.pipeline import LowRankPass, LowRankResult
     from lrcompile.records import Budget, Evidence, Limit, Plan, Result
     from lrcompile.sites import find
 
@@ -39,41 +45,65 @@ _HOME = {
     "Budget": "records",
     "BudgetError": "errors",
     "BuildError": "errors",
+    "Check": "doctor",
     "Child": "child",
     "Evidence": "records",
+    "Inspection": "inspection",
     "Limit": "records",
+    "LowRankPass": "pipeline",
+    "LowRankResult": "pipeline",
     "LrcompileError": "errors",
     "ModelError": "errors",
     "Options": "options",
     "Plan": "records",
     "PluginError": "errors",
+    "Race": "bench",
     "Result": "records",
     "UsageError": "errors",
+    "Verification": "commands",
     "VerificationError": "errors",
+    "bench": "commands",
     "compile": "compile",
+    "doctor": "doctor",
+    "export": "export",
     "find": "sites",
+    "inspect": "commands",
     "load": "load",
+    "plan": "commands",
+    "verify": "commands",
 }
 
 __all__ = [
     "Budget",
     "BudgetError",
     "BuildError",
+    "Check",
     "Child",
     "Evidence",
+    "Inspection",
     "Limit",
+    "LowRankPass",
+    "LowRankResult",
     "LrcompileError",
     "ModelError",
     "Options",
     "Plan",
     "PluginError",
+    "Race",
     "Result",
     "UsageError",
+    "Verification",
     "VerificationError",
     "__version__",
+    "bench",
     "compile",
+    "doctor",
+    "export",
     "find",
+    "inspect",
     "load",
+    "plan",
+    "verify",
 ]
 
 

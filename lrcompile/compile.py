@@ -38,6 +38,7 @@ from lrcompile.report import render
 from lrcompile.rewrite import jittered, reconstructed, rewrite
 from lrcompile.sites import find
 from lrcompile.store import Cache, check_out, copy_folder, default_cache, load_function, remove_folder, staging
+from lrcompile.surgeon import scripted
 from lrcompile.verify import Metric, check_rewrite, judge, measure, noise_of, score
 from lrcompile.weights import ModelWeights
 
@@ -129,7 +130,7 @@ def study(model: str | Path | ir.Model, options: Options, shop: Workshop, progre
     runtime = runtime_of(options.target)
     planned = {d.method for d in options.plan.rewritten} if options.plan else ()  # a plan names its methods
     methods = methods_of((*options.methods, *sorted(planned)))
-    source = load(model, allow_hardlinks=options.allow_hardlinks)
+    source = scripted(load(model, allow_hardlinks=options.allow_hardlinks), options.gs_script)
     finding = find(source.model)
     inputs = inputs_of(source.model)
     calibration, held_out = calibration_and_held_out(options.data, options.verify_data, inputs, options.batch)
@@ -155,7 +156,7 @@ def job_of(known: Study) -> Job:
     drawn = feeds_for(source.model, original, child, options.target, seed=options.seed, dims=options.dims, like=first)
     judged_on = known.held_out or drawn
     metric = None
-    if (function := _metric(options.metric)) is not None:
+    if (function := load_metric(options.metric)) is not None:
         with build(child, options.target, original) as engine:
             metric = function, score(function, engine, judged_on)
     shared = {f.name: getattr(known, f.name) for f in fields(known)}
@@ -183,7 +184,8 @@ def first_plan(problem: Problem, known: Study) -> Plan:
     return check_plan(given, known.finding, known.methods, known.weights, known.statistics, known.options.target)
 
 
-def _metric(given: str | Metric | None) -> Metric | None:
+def load_metric(given: str | Metric | None) -> Metric | None:
+    """The function that ``--metric f.py:func`` names."""
     if not isinstance(given, str):
         return given
     path, _, name = given.rpartition(":")

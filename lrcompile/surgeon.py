@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,17 +21,13 @@ import onnx_ir as ir
 from onnx_graphsurgeon.exporters.onnx_exporter import dtype_to_onnx
 
 from lrcompile.errors import ModelError, UsageError
-from lrcompile.graph import bodies
 from lrcompile.load import load
-from lrcompile.load.tensors import every_graph
 from lrcompile.records import Source
 from lrcompile.store import load_function, models, wire
+from lrcompile.surgeon_losses import lift, restore, strip
 
 if TYPE_CHECKING:
     Array = np.ndarray[Any, np.dtype[Any]]
-
-# Attributes that graphsurgeon leaves out when it reads a model.
-_NOT_CARRIED = {"TENSORS", "GRAPHS", "TYPE_PROTO", "TYPE_PROTOS", "SPARSE_TENSOR", "SPARSE_TENSORS"}
 
 
 @dataclass(frozen=True)
@@ -91,6 +86,7 @@ def scripted(source: Source, script: str | None) -> Source:
     called = f"{Path(path).name}:{name}"
     with contextlib.redirect_stdout(sys.stderr):  # graphsurgeon and scripts print; stdout is for results
         graph = to_graph(source.model)
+        graph.functions.clear()  # the few that loading could not inline come back whole; graphsurgeon trips over some
         lazy = [(c, c._values) for c in _constants(graph)]
         try:
             made = function(graph)
@@ -108,24 +104,16 @@ def scripted(source: Source, script: str | None) -> Source:
             raise ModelError(f"the graph that --gs-script {called} made is not legal: {error}") from error
     note = f"{called} changed the model before anything else; it is what that script made that everything is compared with"
     notes = (*source.notes, note, *checked.notes)
-    return Scripted(Path(), checked.model, source.sha256, source.weights, checked.opset, notes, checked.sha256)
+    return Scripted(
+        Path(), checked.model, source.sha256, source.weights, checked.opset, notes, checked.sha256
+    )
 
 
 def to_graph(model: ir.Model) -> gs.Graph:
     """The model as graphsurgeon knows it, weights left where they are. Raises ModelError when graphsurgeon cannot read it."""
     light, held = models.detach(model)
     proto = onnx.ModelProto.FromString(light)
-    for body, _ in every_graph(proto):
-        if isinstance(body, onnx.GraphProto):
-            for info in (*body.input, *body.output, *body.value_info):
-                if not info.type.HasField("tensor_type"):
-                    info.ClearField("type")
-        for node in body.node:
-            kept = [attribute for attribute in node.attribute if _is_carried(attribute)]
-            if len(kept) < len(node.attribute):
-                kept = [onnx.AttributeProto.FromString(attribute.SerializeToString()) for attribute in kept]
-                del node.attribute[:]
-                node.attribute.extend(kept)
+    strip(proto)
     with _foreign("graphsurgeon cannot read the model"):
         graph = gs.import_onnx(proto)
     for constant in _constants(graph):
@@ -153,12 +141,14 @@ def to_model(graph: gs.Graph, original: ir.Model | None = None) -> ir.Model:
         finally:
             for constant, values in zip(constants, own, strict=True):
                 constant._values = values
-    _lift(proto, set(original.graph.initializers) if original is not None else set())
+    lift(proto, set(original.graph.initializers) if original is not None else set())
     with _foreign("onnx-ir cannot read what graphsurgeon exported"):
-        model = ir.from_proto(proto)
-    models.replace_tensors(model, lambda t: _named(held[t.offset or 0], t.name) if isinstance(t, ir.ExternalTensor) else None)
+        model: ir.Model = ir.from_proto(proto)
+    models.replace_tensors(
+        model, lambda t: _named(held[t.offset or 0], t.name) if isinstance(t, ir.ExternalTensor) else None
+    )
     if original is not None:
-        _restore(model, original)
+        restore(model, original)
     return model
 
 
@@ -170,19 +160,15 @@ def _foreign(what: str) -> Iterator[None]:
         raise ModelError(f"{what}: {type(error).__name__}: {error}") from error
 
 
-def _is_carried(attribute: onnx.AttributeProto) -> bool:
-    """Whether graphsurgeon takes an attribute in and gives it out again: empty lists are lost on the way."""
-    kind = onnx.AttributeProto.AttributeType.Name(attribute.type)
-    empty = kind in ("INTS", "FLOATS", "STRINGS") and not (attribute.ints or attribute.floats or attribute.strings)
-    return kind not in _NOT_CARRIED and (not empty or bool(attribute.ref_attr_name))
-
-
 def _constants(graph: gs.Graph) -> list[gs.Constant]:
     """Every constant of the graph, its bodies and functions, each once: what nodes read, and what attributes hold."""
     found: dict[int, gs.Constant] = {}
     for root in (graph, *graph.functions):
         for body in (root, *root.subgraphs(recursive=True)):
-            things = [*body.tensors().values(), *(value for node in body.nodes for value in node.attrs.values())]
+            things = [
+                *body.tensors().values(),
+                *(value for node in body.nodes for value in node.attrs.values()),
+            ]
             found.update({id(thing): thing for thing in things if isinstance(thing, gs.Constant)})
     return list(found.values())
 
@@ -197,11 +183,13 @@ def _tensor(constant: gs.Constant) -> ir.TensorProtocol:
         tensor: ir.TensorProtocol = ir.from_proto(values.tensor)
         return tensor
     if values.dtype.kind in "OSU":
-        return ir.tensor(values, dtype=ir.DataType.STRING)
+        return ir.tensor(values, dtype=ir.DataType.STRING, name=constant.name)
     wanted = ir.DataType.from_numpy(values.dtype)
     if constant._export_dtype is not None:
         wanted = ir.DataType(dtype_to_onnx(constant._export_dtype))
-    return ir.Tensor(np.ascontiguousarray(values, wanted.numpy()).reshape(values.shape), wanted)
+    return ir.Tensor(
+        np.ascontiguousarray(values, wanted.numpy()).reshape(values.shape), wanted, name=constant.name
+    )
 
 
 def _stand_in(tensor: ir.TensorProtocol, number: int) -> onnx.TensorProto:
@@ -214,11 +202,10 @@ def _stand_in(tensor: ir.TensorProtocol, number: int) -> onnx.TensorProto:
 
 
 def _named(tensor: ir.TensorProtocol, name: str | None) -> ir.TensorProtocol:
-    """The tensor under that name; copies of a constant share one tensor, and each has a name of its own."""
-    if tensor.name and tensor.name != name:
-        return ir.LazyTensor(lambda: tensor, dtype=tensor.dtype, shape=tensor.shape, name=name)
-    tensor.name = name
-    return tensor
+    """The tensor under that name. It may be another model's too, so it is not renamed: copies of a constant share one."""
+    if (tensor.name or "") == (name or ""):
+        return tensor
+    return ir.LazyTensor(lambda: tensor, dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name)
 
 
 def _same(values: Any, held: HeldValues) -> bool:
@@ -227,78 +214,8 @@ def _same(values: Any, held: HeldValues) -> bool:
     before = held.held.numpy()
     if values.dtype != before.dtype or values.shape != before.shape:
         return False
-    return np.ascontiguousarray(values).tobytes() == before.tobytes() if values.dtype != object else bool((values == before).all())
-
-
-def _lift(proto: onnx.ModelProto, outer: set[str]) -> None:
-    """graphsurgeon writes a constant into every graph that reads it. What several read belongs to the main graph, and so
-    does what stood there before (outer).
-    """
-    graphs = [body for body, place in every_graph(proto) if place and isinstance(body, onnx.GraphProto)]
-    times = Counter(tensor.SerializeToString() for body in (proto.graph, *graphs) for tensor in body.initializer)
-    known = {tensor.SerializeToString() for tensor in proto.graph.initializer}
-    for body in graphs:
-        stay = []
-        for tensor in body.initializer:
-            key = tensor.SerializeToString()
-            if times[key] == 1 and tensor.name not in outer:
-                stay.append(key)
-            elif key not in known:
-                known.add(key)
-                proto.graph.initializer.add().ParseFromString(key)
-        del body.initializer[:]
-        for key in stay:
-            body.initializer.add().ParseFromString(key)
-
-
-def _restore(model: ir.Model, original: ir.Model) -> None:
-    """What graphsurgeon dropped, put back on the model, on the nodes and values that survived, and on the interface."""
-    model.metadata_props.update(original.metadata_props)
-    model.graph.metadata_props.update(original.graph.metadata_props)
-    model.doc_string, model.domain, model.model_version = original.doc_string, original.domain, original.model_version
-    for key, function in original.functions.items():
-        model.functions.setdefault(key, function.clone())
-    values, nodes = _by_name(original)
-    here, survivors = _by_name(model)
-    for key, node in survivors.items():
-        before = nodes.get(key)
-        if before is not None and before.op_identifier()[:2] == node.op_identifier()[:2]:
-            node.metadata_props.update(before.metadata_props)
-            node.doc_string, node.overload = node.doc_string or before.doc_string, before.overload
-            for name, attribute in before.attributes.items():
-                if name not in node.attributes and (attribute.type.name in _NOT_CARRIED or attribute.value in ((), [])):
-                    node.attributes[name] = attribute
-    for name, value in here.items():
-        if (old := values.get(name)) is not None:
-            value.metadata_props.update(old.metadata_props)
-            value.doc_string = value.doc_string or old.doc_string
-            if value.type is None:
-                value.type, value.shape = old.type, old.shape
-    _restore_inputs(model, original)
-
-
-def _restore_inputs(model: ir.Model, original: ir.Model) -> None:
-    """Initializers that are inputs too: graphsurgeon knows them as constants only, and drops those that nobody reads."""
-    constants, inputs = model.graph.initializers, model.graph.inputs
-    for index, old in enumerate(original.graph.inputs):
-        if old.is_initializer() and old.name is not None:
-            if old.name not in constants and not old.uses():
-                model.graph.register_initializer(ir.Value(None, name=old.name, type=old.type, shape=old.shape, const_value=old.const_value))
-            if (value := constants.get(old.name)) is not None:
-                inputs.insert(min(index, len(inputs)), value)
-    if (model.ir_version or 0) < 4:  # there every initializer is an input
-        inputs.extend(value for value in list(constants.values()) if not value.is_graph_input())
-
-
-def _by_name(model: ir.Model) -> tuple[dict[str, ir.Value], dict[str, ir.Node]]:
-    """Values by name, and nodes by their first output's name, which is unique where their own may be missing."""
-    values: dict[str, ir.Value] = {}
-    nodes: dict[str, ir.Node] = {}
-    for body in bodies(model):
-        if body.function is None:
-            values |= {v.name: v for v in (*body.graph.inputs, *body.graph.initializers.values()) if v.name}
-            for node in body.graph:
-                named = {v.name: v for v in node.outputs if v.name}
-                values |= named
-                nodes |= {name: node for name in list(named)[:1]}
-    return values, nodes
+    return (
+        np.ascontiguousarray(values).tobytes() == before.tobytes()
+        if values.dtype != object
+        else bool((values == before).all())
+    )

@@ -78,13 +78,14 @@ class EngineRunner(BaseRunner):  # type: ignore[misc]
 
 
 class Strict:
-    """A Polygraphy comparison function that gathers the movement of every output over all feeds."""
+    """Our policy: gathers the movement of every output over all feeds, and what makes two runs incomparable."""
 
     def __init__(self) -> None:
         self.movements: dict[str, Movement] = {}
         self.failures: list[str] = []
 
-    def __call__(self, first: Mapping[str, Array], second: Mapping[str, Array]) -> OrderedDict[str, bool]:
+    def add(self, first: Mapping[str, Array], second: Mapping[str, Array]) -> None:
+        """One feed's outputs of both."""
         a, b = dict(first.items()), dict(second.items())
         if set(a) != set(b):
             missing, extra = sorted(set(a) - set(b)), sorted(set(b) - set(a))
@@ -92,7 +93,6 @@ class Strict:
         for name in a:
             if name in b:
                 self.movements.setdefault(name, Movement(name)).add(a[name], b[name])
-        return OrderedDict((name, not self.movements[name].problem) for name in a if name in b)
 
 
 def compare(first: Engine, second: Engine, feeds: Iterable[Feed]) -> Strict:
@@ -103,8 +103,9 @@ def compare(first: Engine, second: Engine, feeds: Iterable[Feed]) -> Strict:
     if like is not None:
         runners = [EngineRunner(first, like, "original"), EngineRunner(second, like, "compiled")]
         with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
-            stream = Comparator.run(runners, data_loader=itertools.chain([like], stream_of_feeds), streaming=True)
-            Comparator.compare_accuracy(stream, compare_func=policy)
+            # not Comparator.compare_accuracy: it prints statistics of every output, and takes minutes over logits to make them
+            for results in Comparator.run(runners, data_loader=itertools.chain([like], stream_of_feeds), streaming=True):
+                policy.add(results[0][1][0], results[1][1][0])
         for name, moved in policy.movements.items():
             moved.eps = runners[0].eps.get(name, 0.0)
     if not policy.failures and not any(m.count for m in policy.movements.values()):
@@ -139,11 +140,16 @@ def check_rewrite(
 ) -> tuple[str, ...]:
     """First question: the published model against the original graph with reconstructed weights. Sentences of what failed."""
     with child.build(target, oracle, BuildOptions(target)) as a, child.build(target, lowered, BuildOptions(target)) as b:
-        policy = compare(a, b, feeds)
-    return (*policy.failures, *(f for m in policy.movements.values() for f in _wrong(m, noise)))
+        return differences(a, b, noise, feeds, "the original with reconstructed weights")
 
 
-def _wrong(moved: Movement, known: Noise) -> Iterator[str]:
+def differences(first: Engine, second: Engine, noise: Noise, feeds: Iterable[Feed], what: str) -> tuple[str, ...]:
+    """Where two engines differ by more than noise and rounding allow, in sentences. what: the first one's name in them."""
+    policy = compare(first, second, feeds)
+    return (*policy.failures, *(f for m in policy.movements.values() for f in _wrong(m, noise, what)))
+
+
+def _wrong(moved: Movement, known: Noise, what: str) -> Iterator[str]:
     noise = known.largest.get(moved.name, 0.0)
     allowed = max(10.0 * noise, 1e-5 * moved.peak + 1e-6)
     if moved.problem and moved.name not in known.drifts:
@@ -152,7 +158,7 @@ def _wrong(moved: Movement, known: Noise) -> Iterator[str]:
         yield f"output {moved.name!r}: NaN or infinite values stand in other places"
     elif not moved.largest <= allowed:
         yield (
-            f"output {moved.name!r} differs by {moved.largest:.3e} from the original with reconstructed weights, "
+            f"output {moved.name!r} differs by {moved.largest:.3e} from {what}, "
             f"{allowed:.3e} is allowed (noise floor {noise:.1e}, largest value {moved.peak:.3g})"
         )
 

@@ -98,6 +98,12 @@ def normalise(model: ModelProto) -> None:
             if node.domain == "ai.onnx":
                 node.domain = ""
         if isinstance(body, GraphProto):
+            inputs = {info.name: info for info in body.input}
+            for info in body.output:
+                if (
+                    info.name in inputs
+                ):  # handed through: one value, of which onnx-ir would keep what is said last
+                    info.CopyFrom(inputs[info.name])
             for info in (*body.input, *body.output, *body.value_info):
                 for dim in info.type.tensor_type.shape.dim if info.type.HasField("tensor_type") else ():
                     if dim.dim_value < 0:  # old exporters write -1 for "unknown"

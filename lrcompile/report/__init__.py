@@ -11,7 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from lrcompile.report.text import clean, count, figure, in_bytes, in_flops, percent, short
+from lrcompile.report.text import breakable, clean, cosine, count, figure, percent, short
 from lrcompile.report.view import view
 
 __all__ = ["render"]
@@ -27,5 +27,7 @@ def render(document: Mapping[str, Any], notes: Sequence[str]) -> str:
         loader=PackageLoader("lrcompile.report", ""), autoescape=True, finalize=clean, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
-    page.filters.update(count=count, figure=figure, percent=percent, short=short, in_bytes=in_bytes, in_flops=in_flops)
+    page.filters.update(
+        cosine=cosine, count=count, figure=figure, percent=percent, short=short, breakable=breakable
+    )
     return page.get_template("report.html.j2").render(view=view(document, notes), document=document)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import io
+import math
 import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -16,13 +17,13 @@ from typing import Any
 
 from markupsafe import Markup
 
-from lrcompile.report.text import figure, in_short, tail
+from lrcompile.report.text import in_short, tail
 
 # Stand-ins that matplotlib writes and the page's style sheet gives a colour.
 _INK, _MUTED, _GRID, _ACCENT, _REST, _WARN = "#0a0a01", "#0a0a02", "#0a0a03", "#0a0a04", "#0a0a05", "#0a0a06"
 _COLOURS = {_INK: "ink", _MUTED: "muted", _GRID: "grid", _ACCENT: "accent", _REST: "rest", _WARN: "warn"}
 _NAMED, _MOST = 60, 400  # up to so many bars have a name; more than so many are taken together
-_NAME_COLUMNS = 42
+_NAME_COLUMNS = 46
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +73,25 @@ def errors_picture(points: Sequence[Point], title: str, description: str) -> Mar
                 markersize=4.5, markeredgewidth=1, markeredgecolor=colour, markerfacecolor=colour if bound else "none",
                 alpha=0.75, clip_on=False,
             )  # fmt: skip
-        axes.set(xlim=(low, high), ylim=(low, high), xlabel="claimed by the plan", ylabel="measured from the stored factors")
+        axes.set(
+            xlim=(low, high),
+            ylim=(low, high),
+            xlabel="claimed by the plan",
+            ylabel="measured from the stored factors",
+        )
         for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(FuncFormatter(lambda v, _: figure(v)))
+            axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
             axis.set_minor_formatter(NullFormatter())
             axis.set_minor_locator(NullLocator())
-        axes.text(0.03, 0.96, "above the line: worse than claimed", transform=axes.transAxes, color=_MUTED, fontsize=8, va="top")
+        axes.text(
+            0.03,
+            0.96,
+            "above the line: worse than claimed",
+            transform=axes.transAxes,
+            color=_MUTED,
+            fontsize=8,
+            va="top",
+        )
         _label(axes, worst(points), low)
         return _svg(canvas, "errors", title, description, {})
 
@@ -88,14 +102,14 @@ def worst(points: Sequence[Point], most: int = 3) -> list[Point]:
 
 
 def _label(axes: Any, points: Sequence[Point], low: float) -> None:
-    """Numbers left of points (the diagonal lies to their upper left, the frame to their right), kept a line apart."""
+    """Numbers right of points (the diagonal and most others lie to their left), kept a line apart."""
     floor = float("inf")
     for p in points:
         x, y = axes.transData.transform((max(p.claimed, low), max(p.measured, low))) * 72 / axes.figure.dpi
         at = min(y, floor - 10)
         floor = at
         axes.annotate(
-            f"#{p.number}", (x, y), (x - 7, at), xycoords="figure points", textcoords="figure points", ha="right", va="center",
+            f"#{p.number}", (x, y), (x + 6, at), xycoords="figure points", textcoords="figure points", ha="left", va="center",
             fontsize=8, color=_INK,
         )  # fmt: skip
 
@@ -109,10 +123,22 @@ def kept_picture(bars: Sequence[Bar], title: str, description: str) -> Markup:
         pitch = 13.0 if named else max(1.8, min(7.0, 720 / len(rows)))
         height = pitch * len(rows) + 40
         left = 232 / 648 if named else 44 / 648
-        canvas, axes = _axes(9.0, height / 72, left=left, right=1 - 104 / 648 if named else 0.97, bottom=8 / height, top=1 - 32 / height)
+        canvas, axes = _axes(
+            9.0,
+            height / 72,
+            left=left,
+            right=1 - 104 / 648 if named else 0.97,
+            bottom=8 / height,
+            top=1 - 32 / height,
+        )
         limit = max(1.0, *(r.kept for r in rows))
         for rewritten, colour in ((False, _REST), (True, _ACCENT)):
-            _bars(axes, [(i, r.kept) for i, r in enumerate(rows) if r.rewritten == rewritten], colour, 0.72 if pitch > 4 else 0.86)
+            _bars(
+                axes,
+                [(i, r.kept) for i, r in enumerate(rows) if r.rewritten == rewritten],
+                colour,
+                0.72 if pitch > 4 else 0.86,
+            )
         axes.set(xlim=(0, limit), ylim=(len(rows) - 0.4, -0.6), yticks=[])
         axes.axvline(1.0, color=_MUTED, linewidth=0.8)
         axes.xaxis.tick_top()
@@ -124,12 +150,32 @@ def kept_picture(bars: Sequence[Bar], title: str, description: str) -> Markup:
         side = axes.get_yaxis_transform()
         for i, r in enumerate(rows) if named else ():
             marks[f"§{i}§"] = f"{r.number}  {tail(r.name, _NAME_COLUMNS - len(str(r.number)) - 2)}"
-            axes.text(-0.012, i, f"§{i}§", transform=side, ha="right", va="center_baseline", fontsize=8, color=_INK)
+            axes.text(
+                -0.012, i, f"§{i}§", transform=side, ha="right", va="center_baseline", fontsize=8, color=_INK
+            )
             size = f"{in_short(r.before)} → {in_short(r.after)}" if r.rewritten else in_short(r.before)
-            axes.text(1.015, i, size if r.before else "shared", transform=side, va="center_baseline", fontsize=8, color=_MUTED)
+            axes.text(
+                1.015,
+                i,
+                size if r.before else "shared",
+                transform=side,
+                va="center_baseline",
+                fontsize=8,
+                color=_MUTED,
+            )
+        every = 25 * math.ceil(14 * step / (25 * pitch))
         for i, r in () if named else enumerate(rows):
-            if i == 0 or (r.number - 1) // 25 != (rows[i - 1].number - 1) // 25:
-                axes.text(-0.008, i, f"{r.number}", transform=side, ha="right", va="center_baseline", fontsize=8, color=_MUTED)
+            if i == 0 or (r.number - 1) // every != (rows[i - 1].number - 1) // every:
+                axes.text(
+                    -0.008,
+                    i,
+                    f"{r.number}",
+                    transform=side,
+                    ha="right",
+                    va="center_baseline",
+                    fontsize=8,
+                    color=_MUTED,
+                )
         return _svg(canvas, "kept", title, description, marks)
 
 
@@ -155,7 +201,10 @@ def _bars(axes: Any, lengths: Sequence[tuple[int, float]], colour: str, thick: f
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path
 
-    boxes = [[(0, i - thick / 2), (x, i - thick / 2), (x, i + thick / 2), (0, i + thick / 2), (0, 0)] for i, x in lengths]
+    boxes = [
+        [(0, i - thick / 2), (x, i - thick / 2), (x, i + thick / 2), (0, i + thick / 2), (0, 0)]
+        for i, x in lengths
+    ]
     codes = [Path.MOVETO, Path.LINETO, Path.LINETO, Path.LINETO, Path.CLOSEPOLY] * len(boxes)
     if boxes:
         path = Path([corner for box in boxes for corner in box], codes)
@@ -164,7 +213,7 @@ def _bars(axes: Any, lengths: Sequence[tuple[int, float]], colour: str, thick: f
 
 def _defaults() -> AbstractContextManager[None]:
     """Matplotlib's own settings for as long as we draw, whatever the user's are; imported late, it takes half a second."""
-    import matplotlib
+    import matplotlib as mpl
 
     style = {
         "svg.fonttype": "none", "svg.hashsalt": "lrcompile", "axes.edgecolor": _MUTED, "axes.labelcolor": _INK, "axes.labelsize": 9,
@@ -172,8 +221,12 @@ def _defaults() -> AbstractContextManager[None]:
         "ytick.major.size": 0, "axes.spines.right": False, "axes.linewidth": 0.8, "axes.axisbelow": True, "axes.grid": True,
         "grid.color": _GRID, "grid.linewidth": 0.6, "axes.unicode_minus": False,
     }  # fmt: skip
-    known = {k: v for k, v in matplotlib.rcParamsDefault.items() if not k.startswith(("backend", "toolbar", "interactive"))}
-    context: AbstractContextManager[None] = matplotlib.rc_context({**known, **style})
+    known = {
+        k: v
+        for k, v in mpl.rcParamsDefault.items()
+        if not k.startswith(("backend", "toolbar", "interactive"))
+    }
+    context: AbstractContextManager[None] = mpl.rc_context({**known, **style})
     return context
 
 
@@ -201,6 +254,8 @@ def _svg(canvas: Any, key: str, title: str, description: str, marks: dict[str, s
     text = re.sub(r"<style[^>]*>.*?</style>|<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r"; font-family: [^;\"]*", "", text).replace("xlink:href", "href")
     text = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{key}-", text)
+    referenced = set(re.findall(r'(?:href="#|url\(#)([^")]*)', text))
+    text = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in referenced else "", text)
     text = re.sub(r"\n\s*", "\n", text)
     for stand_in, name in _COLOURS.items():
         text = text.replace(stand_in, f"var(--{name})")

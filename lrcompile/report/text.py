@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
 from typing import Any
+
+from markupsafe import Markup, escape
 
 NOTHING = "–"
 
@@ -12,7 +15,9 @@ NOTHING = "–"
 _SAFE = {
     **{i: chr(0x2400 + i) for i in range(0x20)},
     0x7F: "\u2421",
-    **dict.fromkeys((*range(0x80, 0xA0), 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A)), "\ufffd"),
+    **dict.fromkeys(
+        (*range(0x80, 0xA0), 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A)), "\ufffd"
+    ),
     **dict.fromkeys((*range(0xD800, 0xE000), 0xFFFE, 0xFFFF), "\ufffd"),
 }
 
@@ -30,6 +35,11 @@ def short(text: str, limit: int = 240) -> str:
     if len(text) <= limit:
         return text
     return f"{text[:head]} … {text[head - limit :]} ({len(text):,} characters)"
+
+
+def breakable(name: str) -> Markup:
+    """A name which the browser may break after a slash or a dot before it breaks it anywhere."""
+    return Markup(re.sub(r"([/.]+)(?=\w)", r"\1<wbr>", str(escape(clean(name)))))
 
 
 def tail(text: str, columns: int) -> str:
@@ -67,7 +77,14 @@ def figure(value: float | None) -> str:
 
 def percent(value: float | None) -> str:
     """A share: 76.2 %, 0.31 %, 8.4e-5 %."""
-    return NOTHING if value is None else f"{figure(100 * value)} %"
+    return NOTHING if value is None else f"{figure(100 * value)}\u00a0%"
+
+
+def cosine(value: float | None) -> str:
+    """Four digits, or how far below one where they would all be nines."""
+    if value is None or not 0.9999 < value < 1:
+        return NOTHING if value is None else f"{value:.4f}".replace("-", "−")
+    return f"1 − {figure(1 - value)}"
 
 
 def change(before: float, after: float) -> str:
@@ -77,15 +94,11 @@ def change(before: float, after: float) -> str:
     if before == 0:
         return "new"
     share = 100 * (after - before) / before
-    return f"{'+' if share > 0 else '−'}{abs(share):,.{1 if abs(share) >= 0.1 else 3}f} %"
+    return f"{'+' if share > 0 else '−'}{abs(share):,.{1 if abs(share) >= 0.1 else 3}f}\u00a0%"
 
 
 def in_bytes(value: float) -> str:
     return _scaled(value, (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)), "bytes")
-
-
-def in_flops(value: float) -> str:
-    return _scaled(value, (("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6), ("kFLOP", 1e3)), "FLOP")
 
 
 def in_short(value: float) -> str:
@@ -97,5 +110,5 @@ def _scaled(value: float, units: tuple[tuple[str, float], ...], one: str) -> str
     for name, size in units:
         if abs(value) >= size:
             scaled = value / size
-            return f"{scaled:,.{2 if scaled < 10 else 1 if scaled < 1000 else 0}f} {name}"
-    return f"{value:,.0f} {one}"
+            return f"{scaled:,.{2 if scaled < 10 else 1 if scaled < 1000 else 0}f}\u00a0{name}"
+    return f"{value:,.0f}\u00a0{one}"

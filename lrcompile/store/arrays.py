@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lrcompile.errors import UsageError
-from lrcompile.store.files import io_errors, map_file, whole_file
+from lrcompile.store.files import io_errors, map_file, open_regular, whole_file
 
 if TYPE_CHECKING:
     Array = np.ndarray[Any, np.dtype[Any]]
@@ -28,6 +30,8 @@ _TYPES = {
     "U8": "|u1",
     "BOOL": "|b1",
 }
+# What numpy raises on an archive that it cannot read.
+_DAMAGED = (ValueError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 _NAMES = {np.dtype(code): name for name, code in _TYPES.items()}
 
 
@@ -89,32 +93,19 @@ def read_npz(path: Path | str) -> dict[str, Array]:
     Raises UsageError when the file is not usable, BuildError when memory runs out.
     """
     try:
-        with io_errors(path, "read"), np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise UsageError(
-                    f"cannot read {path}: it holds one array without a name; np.savez gives each its name"
-                )
+        with io_errors(path, "read"), os.fdopen(open_regular(path), "rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if isinstance(archive, np.ndarray):
+                raise UsageError(f"cannot read {path}: its array has no name; np.savez gives each one")
             return {name: archive[name] for name in archive.files}
-    except (
-        ValueError,
-        EOFError,
-        KeyError,
-        zipfile.BadZipFile,
-        zipfile.LargeZipFile,
-        NotImplementedError,
-    ) as error:
-        what = (
-            "it holds Python objects"
-            if "pickle" in str(error).lower()
-            else "it is not an .npz file or is damaged"
-        )
+    except _DAMAGED as error:
+        pickled = "pickle" in str(error).lower()
+        what = "it holds Python objects" if pickled else "it is not an .npz file or is damaged"
         raise UsageError(f"cannot read {path}: {what} ({error})") from error
 
 
 def open_array(path: Path | str, shape: tuple[int, ...]) -> Array:
     """A float64 array of zeros that lives in a file, mapped for reading and writing; the same array when it is there."""
-    import numpy as np
-
     path = Path(path)
     with io_errors(path, "write"):
         return np.memmap(path, np.float64, "r+" if path.exists() else "w+", shape=shape)

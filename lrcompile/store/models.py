@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lrcompile.errors import ModelError
 from lrcompile.store import wire
 from lrcompile.store.files import whole_file
 
@@ -113,7 +114,10 @@ def _write_data(tensors: list[ir.TensorProtocol], path: Path) -> dict[int, tuple
 
 
 def tensor_bytes(tensor: ir.TensorProtocol) -> memoryview | bytes:
-    """The bytes of a tensor as ONNX stores them, without a copy where the array lies like that already."""
+    """The bytes of a tensor as ONNX stores them, without a copy where the array lies like that already.
+
+    Raises ModelError when the file it lies in cannot be read.
+    """
     import numpy as np
     import onnx_ir as ir
 
@@ -127,7 +131,10 @@ def tensor_bytes(tensor: ir.TensorProtocol) -> memoryview | bytes:
             and raw.dtype.byteorder != ">"
         ):
             return raw.reshape(-1).view(np.uint8).data
-    return tensor.tobytes()
+    try:
+        return tensor.tobytes()
+    except OSError as error:  # of the file it lies in, not of one that is being written
+        raise ModelError(f"tensor {tensor.name!r} cannot be read: {error}") from error
 
 
 def replace_tensors(model: ir.Model, replace: Replace) -> Callable[[], None]:

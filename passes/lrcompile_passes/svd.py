@@ -47,6 +47,8 @@ _FLOOR = 1e-10
 # A claim covers the rounding of float64 in the eigenproblem, whose error is relative to the largest eigenvalue.
 _CLAIM_SLACK = 1e-7
 _FULL = (("form", "full"),)
+# Rows a dimension from which a second moment is called well known (algorithms: 4 is the least, the field uses hundreds).
+_ENOUGH = 4
 
 
 @dataclass(frozen=True)
@@ -80,11 +82,12 @@ class Svd:
         total = max(float(tails[0]), np.finfo(np.float64).tiny)
         # the plain form bounds the error of the weight, not that of what the data makes of it
         bound = group.kind == "alone" and (self.needs_data or statistics is None)
+        note = self._note(group, statistics)
         ranks = options.ranks if options.ranks is not None else range(options.multiple, full + 1, options.multiple)
         for rank in ranks:
             if 1 <= rank <= full:
                 error = float(np.sqrt(tails[min(rank, len(energy))] / total)) + _CLAIM_SLACK
-                yield Candidate(self.name, rank, cost(rank), error, bound)
+                yield Candidate(self.name, rank, cost(rank), error, bound, note=note)
 
     def factorize(
         self, group: Group, weights: Weights, statistics: StatisticsSource | None, candidate: Candidate, seed: int
@@ -128,6 +131,15 @@ class Svd:
         if "bias" not in factors:
             return {}
         return {(group.sites[0].name, "bias"): factors["bias"].astype(np.float64)}
+
+    def _note(self, group: Group, statistics: StatisticsSource | None) -> str:
+        """What a reader of the plan should know about the data behind a rank."""
+        if self.name == "svd-plain":
+            return "the data was not looked at"
+        known = statistics.of(group.sites[0]) if statistics is not None else None
+        if known is None or known.count >= _ENOUGH * group.sites[0].K:
+            return ""
+        return f"few samples: {known.count} rows for {group.sites[0].K} inputs, shrunk by {known.shrinkage:.2g}"
 
     def _centres(self, group: Group, statistics: StatisticsSource | None) -> bool:
         return self.name == "svd" and group.kind == "alone" and group.sites[0].bias is not None and statistics is not None

@@ -830,6 +830,16 @@ def test_many_calls_take_linear_time(tmp_path: Path) -> None:
     assert len(load(write(tmp_path, proto)).model.graph) == 8000
 
 
+def test_an_input_that_is_an_output(tmp_path: Path) -> None:
+    """It keeps the type that the input declares, as runtimes read it."""
+    inputs = [info("x", FLOAT, [2, 4]), info("z", FLOAT, ["n", None])]
+    proto = model(inputs=inputs, outputs=[info("y", FLOAT, None), info("z", FLOAT, ["m", 5])])
+    loaded = load(write(tmp_path, proto)).model
+    back = onnx.load(save_model(loaded, tmp_path, name="again.onnx"))
+    assert list(back.graph.input) == inputs
+    assert back.graph.output[1] == inputs[1]
+
+
 def test_odd_but_valid(tmp_path: Path) -> None:
     """Metadata, doc strings, unicode and slashes in names, equal node names, a name that shadows, sizes of -1."""
     then = helper.make_graph([node("Neg", ["x"], ["a"])], "", [], [info("a", FLOAT, None)])

@@ -210,7 +210,7 @@ def test_npz(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="Python objects"):
         store.read_npz(tmp_path / "p.npz")
     np.save(tmp_path / "one.npy", np.arange(3))
-    with pytest.raises(UsageError, match="without a name"):
+    with pytest.raises(UsageError, match="no name"):
         store.read_npz(tmp_path / "one.npy")
     whole = (tmp_path / "a.npz").read_bytes()
     for data in (
@@ -579,7 +579,7 @@ def chain(*tensors: ir.TensorProtocol) -> ir.Model:
         weights.append(weight)
         nodes.append(ir.Node("", "MatMul", [value, weight]))
         value = nodes[-1].outputs[0]
-    value.name = "y"
+    value.name, value.type, value.shape = "y", x.type, ir.Shape([1, tensors[-1].shape[1]])
     return ir.Model(
         ir.Graph([x], [value], nodes=nodes, initializers=weights, opset_imports={"": 21}, name="g"),
         ir_version=10,
@@ -664,10 +664,11 @@ def test_save_and_read_back(tmp_path: Path, external: bool | None) -> None:
     from lrcompile.load import load
 
     (tmp_path / "again").mkdir()
-    loaded = load(path).model
-    if not loaded.functions:
-        store.save_model(ir.load(path), tmp_path / "again", external=external)
-        assert {name: (tmp_path / "again" / name).read_bytes() for name in first} == first
+    flat = load(path).model  # functions inlined, weights mapped from what was just written
+    again = store.save_model(flat, tmp_path / "again", external=external)
+    second = {name: (again.parent / name).read_bytes() for name in names(again.parent)}
+    store.save_model(load(again).model, again.parent, external=external)
+    assert {name: (again.parent / name).read_bytes() for name in names(again.parent)} == second
 
 
 def test_saving_over_the_files_it_is_mapped_from(tmp_path: Path) -> None:
@@ -693,7 +694,7 @@ def test_external_data_of_others_is_copied(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     proto = everywhere()
     onnx.save(
-        proto,
+        everywhere(),
         tmp_path / "in" / "m.onnx",
         save_as_external_data=True,
         location="w.bin",
@@ -747,7 +748,7 @@ def test_the_model_survives_a_failure(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_memory_does_not_grow_with_the_weights(tmp_path: Path) -> None:
-    """256 MB of weights inside the .onnx: loaded and saved twice over with less than 40 MB more of our own."""
+    """128 MB of weights inside the .onnx: loaded and saved twice over with less than 40 MB more of our own."""
     script = tmp_path / "script.py"
     script.write_text(
         textwrap.dedent(
@@ -770,9 +771,9 @@ def test_memory_does_not_grow_with_the_weights(tmp_path: Path) -> None:
                 return ir.Tensor(np.full((2048, 2048), i, np.float32))
             x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([1, 2048]))
             value, nodes, weights = x, [], []
-            for i in range(16):
+            for i in range(8):
                 lazy = ir.LazyTensor(lambda i=i: make(i), dtype=ir.DataType.FLOAT, shape=shape)
-                weights.append(ir.Value(name=f"w{i}", const_value=lazy))
+                weights.append(ir.Value(name=f"w{i}", const_value=lazy, type=ir.TensorType(ir.DataType.FLOAT), shape=shape))
                 nodes.append(ir.Node("", "MatMul", [value, weights[-1]]))
                 value = nodes[-1].outputs[0]
             value.name = "y"
@@ -792,7 +793,7 @@ def test_memory_does_not_grow_with_the_weights(tmp_path: Path) -> None:
     output = subprocess.check_output([sys.executable, str(script), str(tmp_path)], text=True)
     start, peak, after_load, end = map(int, output.split())
     assert (tmp_path / "model.onnx").read_bytes() == (tmp_path / "copy.onnx").read_bytes()
-    assert (tmp_path / "apart.onnx.data").stat().st_size == 16 * 2048 * 2048 * 4
+    assert (tmp_path / "apart.onnx.data").stat().st_size == 8 * 2048 * 2048 * 4
     assert peak - start < 60  # one weight of 16 MB, and its bytes
     assert after_load - start < 40
     assert end - start < 40
@@ -843,9 +844,11 @@ def test_what_contradicts_itself_is_left_for_the_checks() -> None:
     assert wire.lighten(model.SerializeToString(), 10) == model.SerializeToString()
 
 
-def test_too_many_parts() -> None:
+def test_too_many_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "MAX_FIELDS", 1000)
+    wire.lighten(b"\x08\x01" * 1000)
     with pytest.raises(wire.WireError, match="parts"):
-        wire.lighten(b"\x08\x01" * (wire.MAX_FIELDS + 1))
+        wire.lighten(b"\x08\x01" * 1001)
 
 
 def test_the_manifest_is_json_that_people_read(place: Path) -> None:

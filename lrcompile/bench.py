@@ -1,0 +1,215 @@
+"""Bench: the original and the compiled model raced against each other, and the original against itself.
+
+Both engines live in one process and take turns, A B B A, so that what the machine does meanwhile (clock, caches, neighbours)
+meets both alike. A round gives one ratio, time of A over time of B: above 1 the second is faster. Each round also races the
+original against itself in the same way: how far those ratios stray from 1 is the noise of this machine, and a ratio that does
+not leave it says nothing.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lrcompile.errors import UsageError
+from lrcompile.interfaces import Array, BuildOptions, Engine
+from lrcompile.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from lrcompile.child import Child
+    from lrcompile.feeds import Feed, Input
+
+_WARM_UP = 3  # runs of each engine on each feed before anything counts
+_SAMPLE = 2e-3  # seconds that a timed sample should last; what runs faster is run several times in it
+_FEWEST, _MOST = 10, 1000  # rounds
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Quantiles of a list of numbers."""
+
+    p10: float
+    p25: float
+    median: float
+    p75: float
+    p90: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        percent = statistics.quantiles(values, n=100, method="inclusive")
+        return cls(percent[9], percent[24], statistics.median(values), percent[74], percent[89])
+
+
+@dataclass(frozen=True, slots=True)
+class Race:
+    """What `lrcompile.bench` gives back. Times in seconds a run; ratio above 1: the compiled model is faster.
+
+    ratio: original over compiled, by round. noise: the same with the original in both places. same: whether the two can be
+    told apart at all: they cannot when the median ratio lies within the noise's 10th and 90th percentile.
+    """
+
+    target: str
+    threads: int
+    shapes: tuple[str, ...]
+    rounds: int
+    original: Spread
+    compiled: Spread
+    ratio: Spread
+    noise: Spread
+
+    @property
+    def same(self) -> bool:
+        return self.noise.p10 <= self.ratio.median <= self.noise.p90
+
+    def to_json(self) -> dict[str, Any]:
+        throughput = {"original": 1.0 / self.original.median, "compiled": 1.0 / self.compiled.median}
+        return {**asdict(self), "runs_per_second": throughput, "within_noise": self.same}
+
+    def __str__(self) -> str:
+        def times(name: str, t: Spread) -> str:
+            return f"{name:10} {1e3 * t.median:10.3f} {1e3 * t.p10:10.3f} {1e3 * t.p90:10.3f} {1.0 / t.median:12,.1f}"
+
+        def ratios(name: str, r: Spread) -> str:
+            return f"{name:24} {r.median:.3f}  (quartiles {r.p25:.3f} to {r.p75:.3f}, 80% of rounds {r.p10:.3f} to {r.p90:.3f})"
+
+        r = self.ratio.median
+        words = "faster" if r > 1 else "slower"
+        verdict = (
+            "the difference lies within the noise of this machine: neither is faster"
+            if self.same
+            else f"the compiled model is {r if r > 1 else 1 / r:.2f} times {words} than the original"
+        )
+        return "\n".join(
+            [
+                f"{'':10} {'median ms':>10} {'10% ms':>10} {'90% ms':>10} {'runs/s':>12}",
+                times("original", self.original),
+                times("compiled", self.compiled),
+                ratios("original / compiled", self.ratio),
+                ratios("original / itself", self.noise),
+                f"{verdict} ({self.rounds} rounds on {self.target}, {self.threads} thread{'s' * (self.threads > 1)}, "
+                f"{'; '.join(self.shapes) or 'no input'})",
+            ]
+        )
+
+
+def race(
+    child: Child,
+    target: str,
+    original: Path,
+    compiled: Path,
+    feeds: Sequence[Feed],
+    *,
+    threads: int = 1,
+    seconds: float = 5.0,
+    timeout: float | None = None,
+    progress: Progress = silent,
+) -> Race:
+    """Rounds until so many seconds are over, each on the next feed. timeout: seconds that one round may take.
+
+    Raises BuildError as the engines do.
+    """
+    if not feeds:
+        raise UsageError("there is no feed to run the models on: give --shape or --data")
+    options = BuildOptions(target, threads=threads, exact=False)  # the kernels that users get, not the most accurate ones
+    with child.build(target, original, options) as a, child.build(target, compiled, options) as b:
+        repeats = [_ask(child, "warm_up", a, b, feed, threads=threads, timeout=timeout) for feed in feeds]
+        rounds: list[tuple[float, ...]] = []
+        end = (start := time.monotonic()) + seconds
+        while len(rounds) < _FEWEST or (time.monotonic() < end and len(rounds) < _MOST):
+            at = len(rounds) % len(feeds)
+            rounds.append(_ask(child, "time_round", a, b, feeds[at], repeats[at], threads=threads, timeout=timeout))
+            share = max(len(rounds) / _MOST, (time.monotonic() - start) / max(seconds, 1e-9))
+            progress("bench", min(round(100 * share), 100), 100)
+    ratios = [(a1 + a2) / (b1 + b2) for a1, b1, b2, a2, *_ in rounds]
+    noise = [(a3 + a6) / (a4 + a5) for *_, a3, a4, a5, a6 in rounds]
+    return Race(
+        target, threads, shapes_of(feeds), len(rounds),
+        Spread.of([t for r in rounds for t in (r[0], r[3])]), Spread.of([t for r in rounds for t in (r[1], r[2])]),
+        Spread.of(ratios), Spread.of(noise),
+    )  # fmt: skip
+
+
+def _ask(child: Child, function: str, *args: object, threads: int, timeout: float | None) -> Any:
+    return child.call(f"lrcompile.bench:{function}", *args, threads=threads, timeout=timeout, what="timing")
+
+
+# --- inside the child ---------------------------------------------------------------------------------------------
+
+
+def warm_up(first: Engine, second: Engine, feed: Feed) -> int:
+    """Run both until caches and arenas are filled; how many runs make a sample long enough to be timed."""
+    quickest = min(_time(engine, feed, 1) for _ in range(_WARM_UP) for engine in (first, second))
+    return max(1, round(_SAMPLE / max(quickest, 1e-7)))
+
+
+def time_round(first: Engine, second: Engine, feed: Feed, repeats: int) -> tuple[float, ...]:
+    """Seconds a run, eight of them: A B B A, then the same with the first in both places."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        first.run(feed)  # what travelled here with the feed pushed the weights out of the caches
+        order = (first, second, second, first, first, first, first, first)
+        return tuple(_time(engine, feed, repeats) for engine in order)
+    finally:
+        if was:
+            gc.enable()
+
+
+def _time(engine: Engine, feed: Feed, repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        engine.run(feed)
+    return (time.perf_counter() - start) / repeats
+
+
+# --- shapes -------------------------------------------------------------------------------------------------------
+
+
+def shapes_of(feeds: Sequence[Mapping[str, Array]]) -> tuple[str, ...]:
+    """What was fed, as trtexec writes it, each combination once."""
+    texts = (", ".join(f"{n}:{'x'.join(map(str, a.shape)) or 'scalar'}" for n, a in feed.items()) for feed in feeds)
+    return tuple(dict.fromkeys(texts))
+
+
+def parse_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """``x:1x64`` (trtexec, several with commas between), or ``x:[1,64]`` (Polygraphy). Raises UsageError."""
+    found: dict[str, tuple[int, ...]] = {}
+    for text in texts:
+        for part in re.split(r",(?![^\[]*\])", text):
+            match = re.fullmatch(r"\s*(.+):(?:\[\s*([\d,\s]*)\]|(\d+(?:x\d+)*))\s*", part)
+            if match is None:
+                raise UsageError(f"--shape {text!r}: write INPUT:1x64 or INPUT:[1,64]")
+            numbers = re.split(r"[,x]", match[2] if match[2] is not None else match[3])
+            try:
+                found[match[1]] = tuple(int(n) for n in numbers if n.strip() or len(numbers) > 1)
+            except ValueError as error:
+                raise UsageError(f"--shape {text!r}: write INPUT:1x64 or INPUT:[1,64]") from error
+    return found
+
+
+def dims_of(texts: Sequence[str], inputs: Sequence[Input]) -> dict[str, int]:
+    """The free dimensions of a model's inputs when these have the shapes given. Raises UsageError where they cannot."""
+    known = {i.name: i for i in inputs}
+    dims: dict[str, int] = {}
+    for name, shape in parse_shapes(texts).items():
+        if name not in known:
+            raise UsageError(f"--shape: the model has no input {name!r}; it reads {', '.join(known) or 'nothing'}")
+        wanted = known[name].shape
+        if wanted is None:
+            raise UsageError(f"--shape: the model does not say which rank {name!r} has: give --data")
+        if len(wanted) != len(shape):
+            raise UsageError(f"--shape: input {name!r} has {len(wanted)} axes, not {len(shape)}")
+        for axis, (dim, size) in enumerate(zip(wanted, shape, strict=True)):
+            free = f"{name}#{axis}" if dim is None else dim
+            if isinstance(free, int):
+                if free != size:
+                    raise UsageError(f"--shape: axis {axis} of {name!r} is {free}, not {size}")
+            elif dims.setdefault(free, size) != size:
+                raise UsageError(f"--shape: {free!r} would be both {dims[free]} and {size}")
+    return dims

@@ -1,0 +1,238 @@
+"""The commands beside `compile`, as functions of the same names: inspect, plan, verify, bench."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from lrcompile import bench as timing
+from lrcompile.build import build, feeds_for, original_of, time_limit
+from lrcompile.child import Child
+from lrcompile.compile import Workshop, first_plan, job_of, load_metric, problem_of, search, study, workshop
+from lrcompile.config import options_from
+from lrcompile.errors import ModelError, UsageError, VerificationError
+from lrcompile.feeds import Data, Feeds, inputs_of, open_feeds
+from lrcompile.inspection import Inspection, inspection
+from lrcompile.load import load
+from lrcompile.options import Options
+from lrcompile.plan import group_by_name
+from lrcompile.progress import Progress, silent
+from lrcompile.publish import save_lowered
+from lrcompile.recheck import check_stored, published_factors, stored_feeds
+from lrcompile.records import Evidence, Plan, Source
+from lrcompile.registry import factorizations, methods_of
+from lrcompile.rewrite import jittered, reconstructed
+from lrcompile.sites import find
+from lrcompile.store import check_folder
+from lrcompile.verify import Noise, check_rewrite, judge, measure, noise_of, score
+from lrcompile.weights import ModelWeights
+
+__all__ = ["Verification", "bench", "inspect", "plan", "verify"]
+
+
+# --- inspect and plan ---------------------------------------------------------------------------------------------
+
+
+def inspect(
+    model: str | Path | ir.Model, options: Options | None = None, *, child: Child | None = None, progress: Progress = silent
+) -> Inspection:
+    """What a model holds that could be rewritten, and at which cost; no budget is asked for.
+
+    Without data the curves are those of factorizations that need none, also when these must be named elsewhere.
+    """
+    options = options or Options()
+    options.check()
+    with workshop(options, child) as shop:
+        known = study(model, options, shop, progress)
+        methods = known.methods
+        if known.statistics is None and "auto" in options.methods:
+            methods = {**methods, **{n: m for n, m in factorizations().items() if not m.needs_data}}
+        return inspection(
+            known.source, known.finding, known.weights, known.statistics, methods, include=options.include,
+            exclude=options.exclude, data=known.calibration.origin if known.calibration else None, progress=progress,
+        )  # fmt: skip
+
+
+def plan(
+    model: str | Path | ir.Model, options: Options | None = None, *, child: Child | None = None, progress: Progress = silent
+) -> Plan:
+    """The plan that `compile` would carry out with these options. An error limit alone is searched for by compiling."""
+    options = (options or Options()).completed()
+    with workshop(options, child) as shop:
+        known = study(model, options, shop, progress)
+        problem = problem_of(known)
+        if options.plan is not None or options.budget.bounds_size:
+            return first_plan(problem, known)
+        return search(problem, job_of(known)).plan
+
+
+# --- verify -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What held. checks: a sentence each. evidence: how far the outputs moved, when the original was given."""
+
+    path: Path
+    checks: tuple[str, ...]
+    evidence: Evidence | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        evidence = self.evidence.to_json() if self.evidence is not None else None
+        return {"verdict": "passed", "checks": list(self.checks), "evidence": evidence}
+
+    def __str__(self) -> str:
+        figures = [str(self.evidence)] if self.evidence is not None else []
+        return "\n".join([*figures, *(f"ok: {check}" for check in self.checks)])
+
+
+def verify(
+    out: str | Path,
+    *,
+    original: str | Path | ir.Model | None = None,
+    data: Data | None = None,
+    options: Options | None = None,
+    child: Child | None = None,
+    progress: Progress = silent,
+) -> Verification:
+    """Ask a published folder again. Raises VerificationError with what does not hold.
+
+    Always: every file is as listed, and model.onnx computes what outputs.json holds. With the original: it is the one that was
+    compiled; the published graph computes what its factors say (verification's first question); and how far the outputs moved on
+    `data`, judged by the error limits that were asked for.
+    options: by default those in the folder's config.yaml.
+    """
+    out = Path(out)
+    document = check_folder(out)
+    checks = [f"{len(document['files'])} files are as lrcompile.json lists them"]
+    options = options or options_from({}, out / "config.yaml")
+    with workshop(options, child) as shop:
+        published = _load_published(out, options)
+        shop.child.deadline = time_limit(options.timeout, published, 8 * len(stored_feeds(out)))
+        count = check_stored(out, published.model, document["target"], shop.child)
+        checks.append(f"model.onnx computes the outputs of {count} feeds that outputs.json holds")
+        if original is None:
+            if data is not None or options.data is not None:
+                raise UsageError("data is for comparing with the original: give --original as well")
+            return Verification(out, tuple(checks))
+        evidence = _with_original(out, document, published, original, data, options, shop, checks, progress)
+    if evidence.verdict == "failed":
+        raise VerificationError(f"{out}: the outputs moved further than asked for: {'; '.join(evidence.failures)}")
+    return Verification(out, tuple(checks), evidence)
+
+
+def _load_published(out: Path, options: Options) -> Source:
+    try:
+        return load(out / "model.onnx", allow_hardlinks=options.allow_hardlinks)
+    except ModelError as error:
+        raise VerificationError(f"{out} is damaged: {error}") from error
+
+
+def _with_original(
+    out: Path, document: Mapping[str, Any], published: Source, original: str | Path | ir.Model, data: Data | None,
+    options: Options, shop: Workshop, checks: list[str], progress: Progress,
+) -> Evidence:  # fmt: skip
+    source = load(original, allow_hardlinks=options.allow_hardlinks)
+    check_source(source, document, out)
+    checks.append("the original is the model that it was compiled from")
+    target, child = document["target"], shop.child
+    given = data if data is not None else options.verify_data if options.verify_data is not None else options.data
+    feeds = open_feeds(given, inputs_of(source.model), options.batch) if given is not None else None
+    child.deadline = time_limit(options.timeout, source, 16 + len(feeds or ()))
+    path = original_of(source, target, child, shop.scratch)
+    first = next(iter(feeds or ()), None)
+    drawn = feeds_for(source.model, path, child, target, seed=options.seed, dims=options.dims, like=first)
+    sentence, noise = _first_question(out, document, published, source, path, drawn, options.seed, shop)
+    checks.append(sentence)
+
+    judged_on = feeds or drawn
+    with build(child, target, path) as dense, build(child, target, out / "model.onnx") as engine:
+        function = load_metric(options.metric)
+        metric = (function, score(function, dense, judged_on)) if function is not None else None
+        evidence = measure(dense, engine, judged_on, metric)
+    limits = [limit for limit in options.budget.max_error if limit.name != "metric" or metric is not None]
+    if feeds is None and document["evidence"]["held_out"] != drawn.origin:
+        limits = []  # they were asked for of the user's data
+    unchanged = document["evidence"]["verdict"] == "unchanged"
+    evidence = judge(evidence, limits, unchanged).with_noise(noise.relative)
+    words = "within " + ", ".join(map(str, limits)) if limits else "judged by no limit"
+    checks.append(f"the outputs moved as above on {judged_on.origin}, {words}")
+    return evidence
+
+
+def check_source(source: Source, document: Mapping[str, Any], out: Path) -> None:
+    """Whether a model is the one that a folder was compiled from. Raises VerificationError."""
+    was = document["source"]
+    if source.sha256 != was["sha256"] or dict(source.weights) != was["weights_sha256"]:
+        raise VerificationError(f"{source.path} is not the model that {out} was compiled from: its SHA-256 differs")
+
+
+def _first_question(
+    out: Path, document: Mapping[str, Any], published: Source, source: Source, original: Path, drawn: Feeds, seed: int,
+    shop: Workshop,
+) -> tuple[str, Noise]:  # fmt: skip
+    """Whether the published graph computes what the factors in it say: a sentence, and the original's noise."""
+    target, child = document["target"], shop.child
+    decisions = Plan.from_json(document["plan"]).rewritten
+    groups = group_by_name(find(source.model))
+    if unknown := [d.group for d in decisions if d.group not in groups]:
+        raise VerificationError(f"{out}: its plan rewrites {unknown[0]!r}, which the original has not")
+    sets = published_factors(decisions, groups, methods_of([d.method for d in decisions]), published.model)
+    if not sets:
+        why = "no weight was rewritten" if sets is not None else "the published graph holds its factors in another form"
+        return f"the rewrite was not asked again: {why}", noise_of(child, target, original, None, drawn)
+    matrix = ModelWeights(shop.cache, source.opset).matrix
+    shaken = save_lowered(jittered(source.model, sets, matrix, seed), source, shop.scratch / "jittered")
+    noise = noise_of(child, target, original, shaken, drawn)
+    oracle = save_lowered(reconstructed(source.model, sets), source, shop.scratch / "oracle")
+    if wrong := check_rewrite(child, target, oracle, out / "model.onnx", noise, drawn):
+        raise VerificationError(f"{out}: the published graph does not compute what its factors say: {'; '.join(wrong)}")
+    return f"the published graph computes what its {len(sets)} sets of factors say", noise
+
+
+# --- bench --------------------------------------------------------------------------------------------------------
+
+
+def bench(
+    out: str | Path,
+    original: str | Path | ir.Model,
+    *,
+    shapes: Sequence[str] = (),
+    seconds: float = 5.0,
+    options: Options | None = None,
+    child: Child | None = None,
+    progress: Progress = silent,
+) -> timing.Race:
+    """Race a published folder's model against the original, both in one process, on the folder's target.
+
+    Feeds: drawn in the `shapes` (``x:1x64`` or ``x:[1,64]``), else options.data, else the folder's own. Raises UsageError.
+    """
+    out = Path(out)
+    document = check_folder(out)
+    options = options or Options(target=document["target"])
+    options.check()
+    target = document["target"]
+    with workshop(options, child) as shop:
+        source = load(original, allow_hardlinks=options.allow_hardlinks)
+        check_source(source, document, out)
+        shop.child.deadline = time_limit(options.timeout, source, 0)
+        path = original_of(source, target, shop.child, shop.scratch)
+        inputs = inputs_of(source.model)
+        if shapes:
+            dims = {**options.dims, **timing.dims_of(shapes, inputs)}
+            feeds = list(feeds_for(source.model, path, shop.child, target, seed=options.seed, dims=dims, like=None))
+        elif options.data is not None:
+            feeds = list(open_feeds(options.data, inputs, options.batch))
+        else:
+            feeds = stored_feeds(out)
+        shop.child.deadline = None  # from here on each request is a round, which has a limit of its own
+        return timing.race(
+            shop.child, target, path, out / "model.onnx", feeds, threads=options.threads, seconds=seconds,
+            timeout=options.timeout, progress=progress,
+        )  # fmt: skip
+
+

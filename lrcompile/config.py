@@ -1,0 +1,168 @@
+"""Configuration: a YAML file and the command line's options, checked as one pydantic model, become `Options`.
+
+The file has the names of the options with underscores (``max_error: snr=30``) and forbids unknown ones; what the command line
+says goes before it. Paths are relative to the folder that the command runs in, in the file too. What is published as
+``config.yaml`` is such a file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+
+from lrcompile.errors import UsageError
+from lrcompile.options import Options
+from lrcompile.records import Budget, Limit, Plan
+from lrcompile.store import read_json, read_text
+from lrcompile.verify import parse_limits
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+
+
+def parse_memory(given: object) -> object:
+    """``4GB``, ``512MiB`` or a number of bytes, in bytes. Raises ValueError."""
+    if not isinstance(given, str):
+        return given
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?)B?", given.strip().upper())
+    if found is None or found[2] not in _UNITS:
+        raise ValueError("give a number of bytes, or one with KB, MB, GB, KiB, MiB or GiB")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def _words(given: object) -> object:
+    return tuple(filter(None, (w.strip() for w in given.split(",")))) if isinstance(given, str) else given
+
+
+def _limits(given: object) -> object:
+    try:
+        return parse_limits(given) if isinstance(given, str) else given
+    except UsageError as error:  # pydantic wants a ValueError, and says where
+        raise ValueError(str(error)) from error
+
+
+class Config(BaseModel):
+    """What a file or the command line may say; None: nothing was said, and the default of `Options` holds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    target: str | None = None
+    methods: Annotated[tuple[str, ...] | None, BeforeValidator(_words), Field(min_length=1)] = None
+    keep: Annotated[float | None, Field(gt=0, le=1)] = None
+    energy: Annotated[float | None, Field(gt=0, le=1)] = None
+    rank: Annotated[int, Field(ge=1)] | Literal["full"] | None = None
+    max_error: Annotated[tuple[Limit, ...] | None, BeforeValidator(_limits)] = None
+    objective: Literal["size", "disk", "latency", "flops"] | None = None
+    plan: Path | None = None
+    data: str | None = None
+    verify_data: str | None = None
+    metric: str | None = None
+    include: str | None = None
+    exclude: str | None = None
+    batch: Annotated[int | None, Field(ge=1)] = None
+    dims: dict[str, Annotated[int, Field(ge=0)]] | None = None
+    seed: Annotated[int | None, Field(ge=0)] = None
+    threads: Annotated[int | None, Field(ge=1)] = None
+    timeout: Annotated[float | None, Field(gt=0)] = None
+    memory: Annotated[int | None, BeforeValidator(parse_memory), Field(gt=0)] = None
+    allow_hardlinks: bool | None = None
+    external_data: bool | None = None
+    keep_functions: bool | None = None
+    gs_script: str | None = None
+    force: bool | None = None
+    cache: Path | None = None
+
+
+_SIZE = {"keep", "energy", "rank", "plan"}  # only one of these can hold
+_BUDGET = ("keep", "energy", "rank", "max_error", "objective")
+
+
+def options_from(flags: Mapping[str, Any], file: Path | str | None = None) -> Options:
+    """Options of what the command line says (None: nothing) before what the file says. Raises UsageError.
+
+    What bounds the size on the command line takes the place of what bounds it in the file.
+    """
+    said = {name: value for name, value in flags.items() if value is not None}
+    written = _read(Path(file)) if file is not None else {}
+    if _SIZE & set(said):
+        written = {n: v for n, v in written.items() if n not in _SIZE}
+    config = _validated({**written, **_flags(said)})
+    values = {n: v for n in Config.model_fields if (v := getattr(config, n)) is not None}
+    budget: dict[str, Any] = {n: values.pop(n) for n in _BUDGET if n in values}
+    if "plan" in values:
+        values["plan"] = read_plan(values["plan"])
+    options = Options(budget=Budget(**budget), **values)
+    options.check()
+    return options
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The checked content of a YAML file, without what is null."""
+    try:
+        document = yaml.safe_load(read_text(path))
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UsageError(f"{path}: not YAML: {error}") from error
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise UsageError(f"{path}: a configuration is a mapping of option names to values")
+    config = _validated(document, path)
+    return {name: value for name in Config.model_fields if (value := getattr(config, name)) is not None}
+
+
+def _flags(said: Mapping[str, Any]) -> dict[str, Any]:
+    """The command line's words in the file's terms: ``--dim name=value`` more than once is one mapping."""
+    flags = dict(said)
+    if "rank" in flags and isinstance(flags["rank"], str) and flags["rank"].isdigit():
+        flags["rank"] = int(flags["rank"])
+    if dims := flags.pop("dim", None):
+        flags["dims"] = dict(_dim(text) for text in dims)
+    return flags
+
+
+def _dim(text: str) -> tuple[str, int]:
+    name, _, value = text.rpartition("=")
+    if not name or not value.isdigit():
+        raise UsageError(f"--dim {text!r}: write NAME=NUMBER, for example --dim sequence=128")
+    return name, int(value)
+
+
+def _validated(document: Mapping[str, Any], path: Path | None = None) -> Config:
+    try:
+        return Config.model_validate(document)
+    except ValidationError as error:
+        raise UsageError(_sentence(error, path)) from error
+
+
+def _sentence(error: ValidationError, path: Path | None) -> str:
+    """The first thing that is wrong: where, what was given, what is allowed."""
+    first = error.errors(include_url=False)[0]
+    name = str(first["loc"][0]) if first["loc"] else ""
+    where = f"{path}: {name}" if path is not None else f"--{name.replace('_', '-')}"
+    if first["type"] == "extra_forbidden":
+        return f"{where}: unknown key; known: {', '.join(Config.model_fields)}"
+    allowed = [e["msg"].removeprefix("Value error, ") for e in error.errors() if e["loc"] and e["loc"][0] == name]
+    words = " or ".join(dict.fromkeys(m.removeprefix("Input should be ") for m in allowed))
+    for theirs, ours in (("valid tuple", "list"), ("valid dictionary", "mapping"), (", unable to parse string as an integer", "")):
+        words = words.replace(theirs, ours)
+    return f"{where} is {first['input']!r}; allowed: {words}"
+
+
+def read_plan(path: Path) -> Plan:
+    """A plan that ``lrcompile plan --json`` wrote, or the one inside a published ``lrcompile.json``. Raises UsageError."""
+    document = read_json(path)
+    try:
+        if "plan" in document:
+            document = document["plan"]
+        return TypeAdapter(Plan).validate_python(Plan.from_json(document).to_json())
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UsageError(f"{path}: {where} is {first['input']!r}; {first['msg']}") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        words = str(error.args[0]) if error.args else type(error).__name__
+        raise UsageError(f"{path} is not a plan (lrcompile plan --json writes one): {words}") from error
