@@ -100,7 +100,8 @@ def accumulate(engine: Engine | None, feed: Mapping[str, Array], taps: Sequence[
     masks = [a for n, a in feed.items() if "mask" in n.lower() and a.ndim == 2]
     for index, tap in enumerate(taps):
         array = seen[tap.value]
-        keep = next((m.astype(bool) for m in masks if m.shape == array.shape[:2] and not tap.before), None)
+        by_row = tap.lookup or (array.ndim > 2 and not tap.before)  # (batch, K) may look like a mask's shape by chance
+        keep = next((m.astype(bool) for m in masks if by_row and m.shape == array.shape[:2]), None)
         arrays = _arrays(Path(folder), index, tap)
         if tap.lookup:
             ids = (array[keep] if keep is not None else array).reshape(-1).astype(np.int64)

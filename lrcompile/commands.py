@@ -9,7 +9,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from lrcompile import bench as timing
+from lrcompile.bench import Race, dims_of, race
 from lrcompile.build import build, feeds_for, original_of, time_limit
 from lrcompile.child import Child
 from lrcompile.compile import Workshop, first_plan, job_of, load_metric, problem_of, search, study, workshop
@@ -28,6 +28,7 @@ from lrcompile.registry import factorizations, methods_of
 from lrcompile.rewrite import jittered, reconstructed
 from lrcompile.sites import find
 from lrcompile.store import check_folder
+from lrcompile.tables import figures
 from lrcompile.verify import Noise, check_rewrite, judge, measure, noise_of, score
 from lrcompile.weights import ModelWeights
 
@@ -86,8 +87,8 @@ class Verification:
         return {"verdict": "passed", "checks": list(self.checks), "evidence": evidence}
 
     def __str__(self) -> str:
-        figures = [str(self.evidence)] if self.evidence is not None else []
-        return "\n".join([*figures, *(f"ok: {check}" for check in self.checks)])
+        moved = [*figures(self.evidence), ""] if self.evidence is not None else []
+        return "\n".join([*moved, *(f"ok: {check}" for check in self.checks)])
 
 
 def verify(
@@ -206,7 +207,7 @@ def bench(
     options: Options | None = None,
     child: Child | None = None,
     progress: Progress = silent,
-) -> timing.Race:
+) -> Race:
     """Race a published folder's model against the original, both in one process, on the folder's target.
 
     Feeds: drawn in the `shapes` (``x:1x64`` or ``x:[1,64]``), else options.data, else the folder's own. Raises UsageError.
@@ -223,14 +224,14 @@ def bench(
         path = original_of(source, target, shop.child, shop.scratch)
         inputs = inputs_of(source.model)
         if shapes:
-            dims = {**options.dims, **timing.dims_of(shapes, inputs)}
+            dims = {**options.dims, **dims_of(shapes, inputs)}
             feeds = list(feeds_for(source.model, path, shop.child, target, seed=options.seed, dims=dims, like=None))
         elif options.data is not None:
             feeds = list(open_feeds(options.data, inputs, options.batch))
         else:
             feeds = stored_feeds(out)
         shop.child.deadline = None  # from here on each request is a round, which has a limit of its own
-        return timing.race(
+        return race(
             shop.child, target, path, out / "model.onnx", feeds, threads=options.threads, seconds=seconds,
             timeout=options.timeout, progress=progress,
         )  # fmt: skip

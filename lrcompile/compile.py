@@ -250,7 +250,7 @@ def _publish(best: Attempt, evidence: Evidence, job: Job, folder: Path, out: Pat
     copy_folder(best.path.parent, folder)
     package = Package(
         job.source, job.finding, best.plan, best.sets, best.model, best.neutral if job.options.keep_functions else None, evidence,
-        job.options, job.source.notes,
+        job.options, (*job.source.notes, *filter(None, [job.drawn.note])),
     )  # fmt: skip
     try:
         engine = build(job.child, "ort-cpu", best.path)

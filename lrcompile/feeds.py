@@ -46,6 +46,7 @@ class Feeds:
     key: str
     origin: str
     start: int = 0
+    note: str = ""  # for the report: what was taken from the user's data
 
     def __iter__(self) -> Iterator[Feed]:
         return iter(itertools.islice(self.open(), self.start, self.start + self.count))
@@ -228,7 +229,15 @@ def draw(model: ir.Model, style: Style, seed: int, count: int, dims: Mapping[str
         return {i.name: _array(i, rng, style, sizes, bounds.get(i.name), like) for i in inputs}
 
     feeds = [one(np.random.default_rng((seed, n))) for n in range(count)]
-    return Feeds(lambda: feeds, count, f"drawn:{seed}:{style}:{sorted(dims.items())}", f"{count} feeds drawn with seed {seed}")
+    copied = [i.name for i in inputs if _copies(i, style, bounds.get(i.name), like)]
+    note = f"inputs.json: {', '.join(copied)} copied from the first feed of --data, because shapes or loops hang on it" if copied else ""
+    return Feeds(
+        lambda: feeds, count, f"drawn:{seed}:{style}:{sorted(dims.items())}", f"{count} feeds drawn with seed {seed}", note=note
+    )  # fmt: skip
+
+
+def _copies(want: Input, style: Style, bound: int | None, like: Feed | None) -> bool:
+    return like is not None and style.integers == "copy" and want.dtype.kind in "iu" and bound is None
 
 
 def _array(want: Input, rng: np.random.Generator, style: Style, sizes: dict[str, int], bound: int | None, like: Feed | None) -> Array:
@@ -236,7 +245,7 @@ def _array(want: Input, rng: np.random.Generator, style: Style, sizes: dict[str,
         shape = like[want.name].shape
     else:
         shape = tuple(_length(d, axis, want, style, sizes) for axis, d in enumerate(want.shape or ()))
-    if want.dtype.kind in "iu" and bound is None and style.integers == "copy" and like is not None:
+    if like is not None and _copies(want, style, bound, like):
         return like[want.name]
     return _values(want, shape, rng, style, bound).astype(want.dtype)
 

@@ -32,7 +32,7 @@ class Movement:
     rows: int = 0
     divergence: float = 0.0  # sum over rows of KL(softmax a || softmax b)
     agreed: int = 0  # rows whose largest entry is the same
-    problem: str = ""  # shapes that differ, strings that differ, NaN or Inf where the original is finite
+    problem: str = ""  # shapes or types that differ, strings that differ, NaN or Inf where the original is finite
     drift: bool = False  # NaN or Inf of the original that came out otherwise: Inf times a rounded zero does that
 
     @property
@@ -49,6 +49,9 @@ class Movement:
             self.problem = self.problem or ("" if same else "strings differ")
             self.count += a.size
             self.rows, self.cosines = self.rows + 1, self.cosines + 1.0
+            return
+        if a.dtype != b.dtype:
+            self.problem = self.problem or f"type {b.dtype} instead of {a.dtype}"
             return
         if a.dtype.kind == "c":
             a, b = np.stack([a.real, a.imag], -1), np.stack([b.real, b.imag], -1)

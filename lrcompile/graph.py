@@ -111,9 +111,20 @@ def tensor_of(value: ir.Value | None) -> ir.TensorProtocol | None:
         return value.const_value
     if node.op_type == "Constant" and node.domain == "":
         attribute = node.attributes.get("value")
-        if attribute is not None and not attribute.is_ref():
-            return attribute.as_tensor()
+        if attribute is not None:
+            return None if attribute.is_ref() else attribute.as_tensor()
+        return _spelled_out(node)
     return None
+
+
+def _spelled_out(node: ir.Node) -> ir.TensorProtocol | None:
+    """The tensor of a Constant that holds numbers as value_int, value_ints, value_float or value_floats; the same one each time."""
+    if "lrcompile.tensor" not in node.meta:
+        kinds = {"value_int": np.int64, "value_ints": np.int64, "value_float": np.float32, "value_floats": np.float32}
+        given = next((a for n, a in node.attributes.items() if n in kinds and not a.is_ref()), None)
+        node.meta["lrcompile.tensor"] = None if given is None else ir.tensor(np.asarray(given.value, kinds[given.name]))
+    found: ir.TensorProtocol | None = node.meta["lrcompile.tensor"]
+    return found
 
 
 def is_overridable(value: ir.Value) -> bool:

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 import onnx_ir as ir
 
@@ -46,9 +46,27 @@ def _units(members: list[Site]) -> Iterable[Group]:
     kind = "alone"
     if len(together) > 1:
         kind = "tied" if {s.kind for s in together} == {"linear", "lookup"} else "shared"
-    yield Group(first.name, kind, tuple(together), tuple(flags))
+    yield Group(first.name, kind, tuple(together), tuple(flags), _keeper(together))
     for site in apart:
-        yield Group(site.name, "alone", (site,), (False,))
+        yield Group(site.name, "alone", (site,), (False,), _keeper([site]))
+
+
+def _keeper(sites: Sequence[Site]) -> str:
+    """Who else reads the weight of these sites, or what was made of it on the way to them; empty when nobody does."""
+    ours: set[tuple[ir.Node, int]] = {(s.node, s.operand) for s in sites}
+    values: set[ir.Value] = set()
+    pending = [s.node.inputs[s.operand] for s in sites]
+    while pending:
+        value = pending.pop()
+        if value is None or value in values:
+            continue
+        values.add(value)
+        if (node := value.producer()) is not None:
+            if node.op_type != "Mul":  # of a product we do not know which side the weight is
+                ours.update((node, i) for i in range(len(node.inputs)))
+                pending.append(node.inputs[0] if node.inputs else None)
+    uses = sorted((u.node.name or u.node.op_type) for v in values for u in v.uses() if (u.node, u.idx) not in ours)
+    return uses[0] if uses else ""
 
 
 def _relation(a: Site, b: Site) -> bool | None:
@@ -161,16 +179,26 @@ def _value_outputs(sites: list[Site]) -> Iterable[Group]:
     """Wo's input traced back through head shuffles to probabilities @ values, and the values to Wv."""
     made_by = {s.node.outputs[0]: s for s in sites}
     for out in sites:
-        mix = _back(out.data, _HEAD_SHUFFLES)
-        if mix is None or mix.op_type != "MatMul" or mix is out.node or len(mix.inputs) != 2 or mix.inputs[1] is None:
+        mix = _back(out.data, _HEAD_SHUFFLES | {"Where"}).producer()
+        if mix is None or mix.domain or mix.op_type != "MatMul" or mix is out.node or mix.inputs[1] is None:
             continue
-        values = _behind(mix.inputs[1], made_by, _HEAD_SHUFFLES | {"Add", "Concat"})
-        if len(values) == 1 and values[0] is not out:
-            yield _group("value_output", [values[0], out])
+        values = made_by.get(_back(mix.inputs[1], _HEAD_SHUFFLES | {"Add", "Concat"}, made_by))
+        if values is not None and values is not out:
+            yield _group("value_output", [values, out])
 
 
-def _back(value: ir.Value, through: frozenset[str]) -> ir.Node | None:
-    node = value.producer()
-    while node is not None and node.op_type in through and node.inputs and node.inputs[0] is not None:
-        node = node.inputs[0].producer()
-    return node
+def _back(value: ir.Value, through: frozenset[str], stop: Container[ir.Value] = ()) -> ir.Value:
+    """Where a value comes from: before these operators, of which one operand moves.
+
+    The others are shapes, a bias (Add), what masked rows get (Where), a cache that the caller gives (Concat).
+    """
+    while value not in stop and (node := value.producer()) is not None and node.op_type in through and not node.domain:
+        moving = list(node.inputs[:1])
+        if node.op_type in ("Add", "Where"):
+            moving = [v for v in node.inputs[-2:] if tensor_of(v) is None]
+        elif node.op_type == "Concat":
+            moving = [v for v in node.inputs if v is not None and v.producer() is not None]
+        if len(moving) != 1 or moving[0] is None:
+            break
+        value = moving[0]
+    return value

@@ -9,8 +9,7 @@ A curve is a factorization's own candidates, all ranks of them; the figures read
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ from lrcompile.interfaces import CandidateOptions, Factorization, StatisticsSour
 from lrcompile.plan import eligible
 from lrcompile.progress import Progress, silent
 from lrcompile.records import Budget, Candidate, Finding, Group, Source
+from lrcompile.tables import columns, counted
 
 ENERGIES = (0.5, 0.9, 0.99)
 SHARES = (0.9, 0.75, 0.5)
@@ -127,26 +127,14 @@ class Inspection:
 
     def _not_taken(self) -> list[str]:
         """What has no curve, or does not count for budgets (marked *), by reason."""
-        reasons: Counter[str] = Counter(s.refusal for s in self.sites if s.refusal is not None)
-        reasons.update(f"* {g.reason}" for g in self.groups if g.reason is not None and any(c.refusal is None for c in g.curves))
-        reasons.update(
-            "; ".join(c.refusal or "" for c in g.curves) or "no factorization serves it"
-            for g in self.groups
-            if all(c.refusal is not None for c in g.curves) and g.kind in ("alone", "shared", "tied")
-        )
-        return [f"  {count:4} x {reason}" for reason, count in reasons.most_common()]
-
-
-def columns(rows: Sequence[Sequence[str]], left: Iterable[int] = (0,)) -> list[str]:
-    """Lines of a table whose columns are as wide as they need; those named in `left` start at their left edge."""
-    starts = set(left)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-
-    def line(row: Sequence[str]) -> str:
-        cells = (t.ljust(w) if i in starts else t.rjust(w) for i, (t, w) in enumerate(zip(row, widths, strict=True)))
-        return "  ".join(cells).rstrip()
-
-    return [line(row) for row in rows]
+        reasons = [s.refusal for s in self.sites if s.refusal is not None]
+        for group in self.groups:
+            refusals = [c.refusal for c in group.curves if c.refusal is not None]
+            if len(refusals) < len(group.curves) and group.reason is not None:
+                reasons.append(f"* {group.reason}")
+            elif len(refusals) == len(group.curves) and group.kind in ("alone", "shared", "tied"):
+                reasons.append("; ".join(refusals) or "no factorization serves it")
+        return counted(reasons)
 
 
 def inspection(

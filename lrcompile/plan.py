@@ -83,6 +83,7 @@ def prepare(
     _check_patterns(include, exclude)
     curves: list[Curve] = []
     total = fixed = 0
+    counted: set[str] = set()
     units = finding.units
     for index, group in enumerate(units):
         reasons = [eligible(s, group.kind == "tied", budget, include, exclude) for s in group.sites]
@@ -93,15 +94,21 @@ def prepare(
         else:
             curve = _curve(group, weights, statistics, methods, budget, target, supports)
             curves.append(curve)
-            total += group.elements
-            fixed += 0 if curve.candidates else group.elements
+            elements = _count(group.sites, counted)
+            total += elements
+            fixed += 0 if curve.candidates else elements
         progress("plan", index + 1, len(units))
     tied = {s.weight for g in units if g.kind == "tied" for s in g.sites}
-    for site in {s.weight: s for s in finding.sites if s.refusal is not None}.values():
-        if eligible(site, site.weight in tied, budget, include, exclude) is None:
-            total += site.elements
-            fixed += site.elements
-    return Problem(finding, tuple(curves), budget, target, total, fixed)
+    refused = [s for s in finding.sites if s.refusal is not None]
+    elements = _count([s for s in refused if eligible(s, s.weight in tied, budget, include, exclude) is None], counted)
+    return Problem(finding, tuple(curves), budget, target, total + elements, fixed + elements)
+
+
+def _count(sites: Iterable[Site], counted: set[str]) -> int:
+    """Elements of the weights of these sites that were not counted yet."""
+    fresh = {s.weight: s.elements for s in sites if s.weight not in counted}
+    counted.update(fresh)
+    return sum(fresh.values())
 
 
 def _check_patterns(*patterns: str | None) -> None:
@@ -120,6 +127,8 @@ def _curve(
     found: list[Candidate] = []
     reasons: list[str] = []
     full = budget.rank == "full"
+    if group.keeper and not full:
+        return Curve(group, (), f"{group.keeper} reads the weight too and keeps it in the file: factors would only add to it")
     site = group.sites[0]
     options = CandidateOptions(
         ranks=(budget.rank,) if isinstance(budget.rank, int) else None,
@@ -146,6 +155,8 @@ def _curve(
                 elif reason not in reasons:
                     reasons.append(reason)
     found.sort(key=lambda c: (c.cost.parameters, c.error))
+    if not reasons and isinstance(budget.rank, int) and budget.rank > min(site.K, site.N):
+        reasons = [f"the weight has at most rank {min(site.K, site.N)}"]
     return Curve(group, tuple(found), "" if found else "; ".join(reasons) or "no method serves it")
 
 
@@ -185,10 +196,18 @@ def revise(problem: Problem, trials: Sequence[Trial]) -> Plan | None:
     ratios = [(t.plan.ratio or 1.0, t.evidence.verdict != "failed") for t in trials]
     passed, failed = [r for r, ok in ratios if ok], [r for r, ok in ratios if not ok]
     high, low = min(passed, default=1.0), max(failed, default=0.0)
-    if high - low <= _RATIO_STEP:
-        return None
-    following = _at_ratio(problem, (high + low) / 2)
-    return None if any(following.decisions == t.plan.decisions for t in trials) else following
+    known = {_forms(t.plan): t.evidence.verdict != "failed" for t in trials}
+    while high - low > _RATIO_STEP:
+        following = _at_ratio(problem, (high + low) / 2)
+        if (verdict := known.get(_forms(following))) is None:
+            return following
+        low, high = (low, (high + low) / 2) if verdict else ((high + low) / 2, high)  # the same ranks: it need not be tried again
+    return None
+
+
+def _forms(plan: Plan) -> tuple[object, ...]:
+    """What a plan does, whatever its reasons say."""
+    return tuple((d.group, d.method, d.rank, d.structure, d.storage) for d in plan.decisions)
 
 
 def dense_plan(problem: Problem, reason: str) -> Plan:
@@ -259,7 +278,7 @@ def _assemble(problem: Problem, choose: Callable[[Curve], tuple[Candidate, str] 
             candidate, reason = chosen
             decisions.append(_decision(curve.group, candidate, f"{reason}; {candidate.note}" if candidate.note else reason))
     decisions += [_refused(s) for s in problem.finding.sites if s.refusal is not None]
-    return Plan(problem.target, tuple(decisions))
+    return Plan(problem.target, tuple(decisions), eligible=problem.total)
 
 
 def _no_room(budget: Budget) -> str:

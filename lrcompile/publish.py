@@ -86,10 +86,18 @@ def publish(
         save_model(package.neutral, folder, name="neutral.onnx", external=package.options.external_data)
     write_text(folder / "config.yaml", yaml.safe_dump(configuration(package.options), sort_keys=False, allow_unicode=True))
     document = manifest(package, feeds[0] if feeds else {})
-    write_text(folder / "report.html", report(document, package.notes))
+    write_text(folder / "report.html", report(_for_readers(package, document), package.notes))
     document["files"] = fingerprints(folder)
     write_json(folder / MANIFEST, document)
     return document
+
+
+def _for_readers(package: Package, document: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest with what only the report says: the options, and what of the budget's parameters was kept."""
+    saved = sum(d.parameters_before - d.parameters_after for d in package.plan.rewritten)
+    eligible = package.plan.eligible
+    counted = {} if eligible is None else {"eligible_before": eligible, "eligible_after": eligible - saved}
+    return {**document, "totals": {**document["totals"], **counted}, "config": configuration(package.options)}
 
 
 def small_enough(feeds: Iterable[Feed]) -> list[Feed]:

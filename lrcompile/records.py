@@ -198,13 +198,15 @@ class Group:
 
     kind: ``alone``, ``shared`` (one weight, several nodes), ``tied`` (a table and a head), ``qkv``, ``gate_up``,
     ``up_down``, ``value_output``. transposed: for each site whether its matrix is the first one's transpose
-    (weights that are shared only; False elsewhere).
+    (weights that are shared only; False elsewhere). keeper: a node outside the group that reads the weight too, which so
+    stays in the file whatever becomes of the group; empty when there is none (weights that are shared only).
     """
 
     name: str
     kind: str
     sites: tuple[Site, ...]
     transposed: tuple[bool, ...]
+    keeper: str = ""
 
     @property
     def shares_weight(self) -> bool:
@@ -359,6 +361,7 @@ class Plan:
     decisions: tuple[Decision, ...]
     notes: tuple[str, ...] = ()
     ratio: float | None = None  # the common ratio that the search chose, when it searched
+    eligible: int | None = None  # parameters that the budget counts
 
     def __iter__(self) -> Any:
         return iter(self.decisions)
@@ -380,9 +383,12 @@ class Plan:
                 raise KeyError(f"unknown key {unknown[0]!r} in a decision")
             entry = dict(entry)
             entry["sites"] = tuple(entry["sites"])
+            if not isinstance(rank := entry["rank"], int | None) or isinstance(rank, bool):
+                raise TypeError(f"the rank {rank!r} of {entry['group']!r} is not a whole number")
             entry["structure"] = tuple((str(k), v) for k, v in entry.get("structure", ()))
             decisions.append(Decision(**entry))
-        return cls(document["target"], tuple(decisions), tuple(document.get("notes", ())), document.get("ratio"))
+        return cls(document["target"], tuple(decisions), tuple(document.get("notes", ())), document.get("ratio"),
+                   document.get("eligible"))
 
     def __str__(self) -> str:
         lines = [f"{'site':44} {'method':10} {'rank':>6} {'kept':>7} {'error':>9}  reason"]

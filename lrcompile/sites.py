@@ -57,13 +57,18 @@ def find(model: ir.Model) -> Finding:
     finite: dict[int, bool] = {}
     sites: list[Site] = []
     used: set[str] = set()
+    weights: dict[ir.Value, str] = {}  # both branches of an If may have a constant of the same name
     for body, node in nodes(model):
         for operand in _READERS.get((node.domain, node.op_type), ()):
             if operand >= len(node.inputs):
                 continue
-            site = _site(node, operand, ranks, body.path)
-            if site is None:
+            traced = _site(node, operand, ranks, body.path)
+            if traced is None:
                 continue
+            site, stored = traced
+            if stored not in weights:
+                weights[stored] = _unique(site.weight, set(weights.values()))
+            site = replace(site, weight=weights[stored])
             if site.refusal is None and body.function is not None:
                 site = replace(site, refusal="stands in a local function that could not be inlined")
             if site.refusal is None and not _is_finite(site, finite):
@@ -75,8 +80,8 @@ def find(model: ir.Model) -> Finding:
     return Finding(tuple(sites), groups_of(sites))
 
 
-def _site(node: ir.Node, operand: int, ranks: dict[ir.Value, int], path: str) -> Site | None:
-    """The site at this input, None when the input is not a constant float weight."""
+def _site(node: ir.Node, operand: int, ranks: dict[ir.Value, int], path: str) -> tuple[Site, ir.Value] | None:
+    """The site at this input and the constant behind it, None when there is no constant."""
     value = node.inputs[operand]
     if value is None:
         return None
@@ -126,7 +131,7 @@ def _site(node: ir.Node, operand: int, ranks: dict[ir.Value, int], path: str) ->
         refusal=refusal,
         path=path,
     )
-    return replace(site, bias=_bias(site)) if refusal is None and kind == "linear" else site
+    return (replace(site, bias=_bias(site)) if refusal is None and kind == "linear" else site), stored_value
 
 
 def _dtype(value: ir.Value) -> ir.DataType | None:
@@ -186,8 +191,10 @@ def _trace(value: ir.Value) -> tuple[ir.Value, ir.Value, Layout | None, str | No
             return None
         at = source
     for node in numbers:
-        if any(v is None or not _is_constant(v) for v in node.inputs if v is not None):
+        if not all(v is None or _is_constant(v, or_default=True) for v in node.inputs):
             return None
+        if refusal is None and not all(v is None or _is_constant(v) for v in node.inputs):
+            refusal = f"a caller may override what {node.op_type} makes the weight with: it is a graph input with a default"
     tensor = at.const_value if at.producer() is None else tensor_of(at)
     assert tensor is not None
     shape = dims(tensor)
@@ -202,32 +209,35 @@ def _trace(value: ir.Value) -> tuple[ir.Value, ir.Value, Layout | None, str | No
     return at, root if root is not None else at, layout, refusal
 
 
-def _is_constant(value: ir.Value | None, depth: int = 0) -> bool:
-    """Whether a value never changes: a constant seen through the operators that `_trace` follows."""
+def _is_constant(value: ir.Value | None, depth: int = 0, *, or_default: bool = False) -> bool:
+    """Whether a value never changes: a constant seen through the operators that `_trace` follows.
+
+    or_default: also what a caller may override but need not.
+    """
     if value is None or depth > 64:
         return False
-    if tensor_of(value) is not None:
+    if tensor_of(value) is not None or (or_default and value.is_initializer()):
         return True
     node = value.producer()
     return (
         node is not None
         and node.domain == ""
         and node.op_type in _LAYOUT_OPS | _NUMBER_OPS
-        and all(v is None or _is_constant(v, depth + 1) for v in node.inputs)
+        and all(v is None or _is_constant(v, depth + 1, or_default=or_default) for v in node.inputs)
     )
 
 
 def _is_scaling(node: ir.Node) -> bool:
-    return all(_is_constant(v) for v in node.inputs)
+    return all(_is_constant(v, or_default=True) for v in node.inputs)
 
 
-def _extent(value: ir.Value | None) -> tuple[int, int]:
-    """Elements and axes of the constant behind a value, by which a weight is told from its scale."""
-    while value is not None and tensor_of(value) is None:
+def _extent(value: ir.Value | None) -> tuple[int, int, bool]:
+    """Elements and axes of the constant behind a value, and whether it is quantized: a weight is told from its scale by these."""
+    while value is not None and not value.is_initializer() and tensor_of(value) is None:
         node = value.producer()
         value = node.inputs[0] if node is not None and node.inputs else None
-    tensor = tensor_of(value)
-    return (int(tensor.size), len(tensor.shape)) if tensor is not None else (0, 0)
+    tensor = value.const_value if value is not None and value.is_initializer() else tensor_of(value)
+    return (int(tensor.size), len(tensor.shape), tensor.dtype not in FLOATS) if tensor is not None else (0, 0, False)
 
 
 def _shape_through(chain: list[ir.Node], shape: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -281,12 +291,14 @@ def _step(layout: Layout, node: ir.Node) -> Layout | None:
 def _bias(site: Site) -> Bias | None:
     """The constant of N elements that is added to this site's output, and to nothing else."""
     assert site.wiring is not None
+    if site.wiring.after:  # the site's N is not the last axis of what is added to
+        return None
     if site.wiring.addend is not None:
         value = site.node.inputs[site.wiring.addend]
         return _as_bias(site, site.node, site.wiring.addend, value, site.wiring.addend_scale)
     output = site.node.outputs[0]
     uses = list(output.uses())
-    if site.wiring.after or len(uses) != 1 or output.is_graph_output():
+    if len(uses) != 1 or output.is_graph_output():
         return None
     node, index = uses[0].node, uses[0].idx
     if node.op_type != "Add" or node.domain != "" or node.graph is not site.node.graph:

@@ -29,6 +29,8 @@ from lrcompile.surgeon_losses import lift, restore, strip
 if TYPE_CHECKING:
     Array = np.ndarray[Any, np.dtype[Any]]
 
+_IR_VERSION = 10  # has all element types that models use, and every runtime of the last years reads it
+
 
 @dataclass(frozen=True)
 class Scripted(Source):
@@ -141,6 +143,9 @@ def to_model(graph: gs.Graph, original: ir.Model | None = None) -> ir.Model:
         finally:
             for constant, values in zip(constants, own, strict=True):
                 constant._values = values
+    if graph.ir_version is None:  # made by hand; onnx then writes its newest, which runtimes do not read yet
+        least = onnx.helper.find_min_ir_version_for(list(proto.opset_import), ignore_unknown=True)
+        proto.ir_version = max(_IR_VERSION, least)
     lift(proto, set(original.graph.initializers) if original is not None else set())
     with _foreign("onnx-ir cannot read what graphsurgeon exported"):
         model: ir.Model = ir.from_proto(proto)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -108,7 +109,7 @@ def compare(first: Engine, second: Engine, feeds: Iterable[Feed]) -> Strict:
                 policy.add(results[0][1][0], results[1][1][0])
         for name, moved in policy.movements.items():
             moved.eps = runners[0].eps.get(name, 0.0)
-    if not policy.failures and not any(m.count for m in policy.movements.values()):
+    if not policy.failures and not any(m.count or m.problem for m in policy.movements.values()):
         raise VerificationError("nothing was compared: no feed, no output, or outputs without a single number")
     return policy
 
@@ -207,7 +208,8 @@ def _worst(evidence: Evidence, limit: Limit) -> tuple[str, float]:
     values = [(n, _figure(o, name)) for n, o in evidence.outputs if name not in ("kl", "top1") or getattr(o, name) is not None]
     if not values:
         raise UsageError(f"--max-error {limit.name} needs an output named like 'logits'; there is none")
-    return (min if limit.floor else max)(values, key=lambda pair: pair[1])
+    lost = next((v for v in values if math.isnan(v[1])), None)  # infinite sums: worse than any number, and neither min nor max sees it
+    return lost or (min if limit.floor else max)(values, key=lambda pair: pair[1])
 
 
 def _figure(outputs: OutputEvidence, name: str) -> float:

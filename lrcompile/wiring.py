@@ -5,6 +5,7 @@
 | MatMul, weight right (K, N)        | as it is               | as it is           | as it is |
 | MatMul, weight right (1, K, N)     | as it is, rank >= 3    | without its 1      | as it is |
 | MatMul, weight left (M, K)         | last two axes swapped  | transposed         | last two axes swapped |
+| MatMul, weight left (1, M, K)      | the same, rank >= 3    | the same           | the same |
 | Gemm, weight B                     | A, transposed if transA| B^T if transB      | times alpha, plus beta C |
 | Gemm, weight A                     | B^T unless transB      | A^T unless transA  | transposed, times alpha, plus beta C |
 | Gather, axis 0                     | ids                    | as it is           | as it is |
@@ -44,7 +45,7 @@ def _matmul(node: ir.Node, operand: int, layout: Layout, ranks: dict[ir.Value, i
         return "the weight is a vector"
     rank = ranks.get(other)
     if len(shape) > 2:
-        if operand == 0 or math.prod(shape[:-2]) != 1:
+        if math.prod(shape[:-2]) != 1:
             return f"the weight is a stack of {math.prod(shape[:-2])} matrices"
         if rank is None or rank < len(shape):
             return "the weight has more axes than the data"

@@ -94,10 +94,12 @@ def _from_file(path: Path, allow_hardlinks: bool) -> Source:
 def _from_memory(given: ir.Model, allow_hardlinks: bool) -> Source:
     with legal.foreign("cannot be serialized"):
         light, held = models.detach(given)
+    folders: dict[str, ModelFolder] = {}
     for number, tensor in enumerate(held):
         if isinstance(tensor, ir.ExternalTensor):  # its file is subject to the rules that hold for files
-            where = f"tensor {tensor.name!r}"
-            data = ModelFolder(Path(tensor.base_dir), allow_hardlinks).open(os.fspath(tensor.location), where)
+            where, base = f"tensor {tensor.name!r}", os.fspath(tensor.base_dir)
+            folder = folders.setdefault(base, ModelFolder(Path(base), allow_hardlinks))
+            data = folder.open(os.fspath(tensor.location), where)
             tensors.check_range(where, tensor.offset or 0, tensor.nbytes, data.size)
             held[number] = tensors.mapped(tensor, data)
     model, notes = _build(light, None, ModelFolder(Path(), allow_hardlinks), held)

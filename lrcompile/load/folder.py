@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,15 @@ from lrcompile.store import files
 
 if TYPE_CHECKING:
     from lrcompile.store.files import Bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """A file that was checked: its bytes, where it really lies, and its device and inode."""
+
+    data: Bytes
+    path: Path
+    identity: tuple[int, int]
 
 
 class ModelFolder:
@@ -25,11 +35,7 @@ class ModelFolder:
     def __init__(self, folder: Path, allow_hardlinks: bool) -> None:
         self._folder = folder
         self._allow_hardlinks = allow_hardlinks
-        self._files: dict[str, tuple[Bytes, int]] = {}
-
-    def __del__(self) -> None:
-        for _, descriptor in self._files.values():
-            os.close(descriptor)
+        self._files: dict[str, _File] = {}
 
     def open(self, location: str, where: str) -> Bytes:
         """The mapped bytes of a file. where: which tensor asks, for the message. Raises ModelError."""
@@ -38,24 +44,35 @@ class ModelFolder:
                 self._files[location] = self._open(location)
             except (OSError, ValueError) as error:
                 raise ModelError(f"external data {location!r} of {where} {_reason(error)}") from error
-        return self._files[location][0]
+        return self._files[location].data
 
     def hashes(self) -> tuple[tuple[str, str], ...]:
-        """Name and SHA-256 of each file that was opened, sorted by name."""
-        return tuple(
-            (name, files.hash_descriptor(descriptor)) for name, (_, descriptor) in sorted(self._files.items())
-        )
+        """Name and SHA-256 of each file that was opened, sorted by name. Raises ModelError."""
+        return tuple((location, self._hash(location)) for location in sorted(self._files))
 
-    def _open(self, location: str) -> tuple[Bytes, int]:
+    def _open(self, location: str) -> _File:
         path = self._resolve(location)
         descriptor = files.open_regular(path, follow=False)
         try:
-            if (links := os.fstat(descriptor).st_nlink) > 1 and not self._allow_hardlinks:
-                raise ValueError(f"has {links} hard links; --allow-hardlinks takes it all the same")
-            return files.map_descriptor(descriptor), descriptor
-        except BaseException:
+            status = os.fstat(descriptor)
+            if status.st_nlink > 1 and not self._allow_hardlinks:
+                raise ValueError(f"has {status.st_nlink} hard links; --allow-hardlinks takes it all the same")
+            return _File(files.map_descriptor(descriptor), path, (status.st_dev, status.st_ino))
+        finally:
             os.close(descriptor)
-            raise
+
+    def _hash(self, location: str) -> str:
+        file = self._files[location]
+        descriptor = files.open_regular(
+            file.path, follow=False
+        )  # not kept open: a model may have thousands of files
+        try:
+            status = os.fstat(descriptor)
+            if (status.st_dev, status.st_ino) != file.identity:
+                raise ModelError(f"external data {location!r} was replaced while it was read")
+            return files.hash_descriptor(descriptor)
+        finally:
+            os.close(descriptor)
 
     def _resolve(self, location: str) -> Path:
         pure = PurePosixPath(location)

@@ -149,9 +149,7 @@ class Arrays:
             return None
         location = str(tensor.location)
         if location == wire.HELD:
-            held = self._held[tensor.offset or 0]
-            held.name = tensor.name
-            return held
+            return self._held[tensor.offset or 0]
         return mapped(tensor, self._data(location, f"tensor {tensor.name!r}"))
 
     def array(self, tensor: TensorProto, where: str) -> np.ndarray:

@@ -206,12 +206,15 @@ def _pictures(document: Mapping[str, Any]) -> Iterator[Picture]:
         above = sum(p.above for p in points)
         caption = "Each point is a rewritten weight. On or below the dashed line the measured error is no larger than the claimed one. "
         caption += (
-            f"{above} of {len(points)} lie above it by more than rounding. "
+            f"{above} of {len(points)} lie{'s' if above == 1 else ''} above it by more than rounding. "
             if above
             else "None lies above it by more than rounding. "
         )
         caption += (
             "Hollow points are claims that were estimates. " if not all(p.bound for p in points) else ""
+        )
+        caption += (
+            "Errors of zero stand at the edge. " if any(0 in (p.claimed, p.measured) for p in points) else ""
         )
         named = tuple((p.number, sites[p.number - 1]["name"], p.measured) for p in worst(points))
         title = "Claimed against measured error of each rewritten weight"

@@ -21,7 +21,7 @@ from lrcompile.errors import BuildError, LrcompileError, UsageError
 if TYPE_CHECKING:
     Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
-CHUNK = 1 << 22
+CHUNK, SMALL = 1 << 22, 1 << 16  # bytes
 
 # What the machine lacks, in words; every other OSError is about the path that was given.
 _LACKS = {
@@ -74,10 +74,13 @@ def open_regular(path: Path | str, *, follow: bool = True) -> int:
 
 
 def map_descriptor(descriptor: int) -> Bytes:
-    """The bytes of an open file, read-only and mapped; they stay valid when the descriptor is closed."""
+    """The bytes of an open file, read-only and mapped; they stay valid when the descriptor is closed.
+
+    A small file is read instead: a mapping costs a descriptor, of which there may be no more than a thousand.
+    """
     size = os.fstat(descriptor).st_size
-    if size == 0:
-        return np.empty(0, np.uint8)  # an empty file cannot be mapped
+    if size <= SMALL:
+        return np.frombuffer(os.pread(descriptor, size, 0), np.uint8)
     return np.frombuffer(mmap.mmap(descriptor, size, access=mmap.ACCESS_READ), np.uint8)
 
 

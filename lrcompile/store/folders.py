@@ -31,8 +31,11 @@ def copy_file(source: Path, target: Path) -> None:
 
 def copy_folder(source: Path, target: Path) -> None:
     """All files of a folder into another, which may exist."""
-    with io_errors(target, "write"):
-        shutil.copytree(source, target, dirs_exist_ok=True, copy_function=shutil.copyfile)
+    for path in sorted(
+        source.rglob("*")
+    ):  # copytree would collect what fails into an error without its reason
+        if path.is_file():
+            copy_file(path, target / path.relative_to(source))
 
 
 def remove_folder(path: Path) -> None:

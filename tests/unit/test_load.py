@@ -528,6 +528,21 @@ def test_hugging_face_cache(tmp_path: Path, below: str) -> None:
     refused(snapshot / "model.onnx")
 
 
+def test_a_file_for_each_of_a_thousand_tensors(tmp_path: Path) -> None:
+    """More small files than a process may have open, as old exporters write them; large ones are mapped."""
+    resource = pytest.importorskip("resource")
+    weights = [external(f"w{i}", location=f"w{i}.bin") for i in range(300)]
+    for i in range(300):
+        (tmp_path / f"w{i}.bin").write_bytes(bytes(48))
+    path = write(tmp_path, model([node("Neg", ["x"], ["y"])], weights))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
+    try:
+        assert len(load(path).weights) == 300
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def test_external_types_are_views_of_the_file(tmp_path: Path) -> None:
     """Every width, at odd offsets, without an offset, without a length; an empty tensor needs no bytes."""
     values = {

@@ -271,7 +271,7 @@ def test_work_and_size_that_grew_are_warned_of() -> None:
 def test_errors_above_their_claims_are_warned_of() -> None:
     text = checked(manifest(site("good"), site("worse", measured_error=0.25))).text
     assert "Errors larger than claimed. 1 weight; the largest is #2, claimed 0.125, measured 0.250." in text
-    assert "1 of 2 lie above it" in text
+    assert "1 of 2 lies above it" in text
     rounding = site(storage="float16", claimed_error=0.0, measured_error=4e-4)
     assert "Errors larger" not in checked(manifest(rounding)).text
 

@@ -14,7 +14,6 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass
-from tests.odd_graphs import corpus
 
 from lrcompile import LowRankPass, surgeon
 from lrcompile.errors import ModelError, UsageError
@@ -22,6 +21,7 @@ from lrcompile.load import load
 from lrcompile.load.tensors import every_graph
 from lrcompile.options import Options
 from lrcompile.records import Budget, Source
+from tests.odd_graphs import corpus
 
 SCRIPTS = """
 import onnx_graphsurgeon as gs
@@ -46,17 +46,19 @@ def run(tmp_path: Path) -> Callable[..., Source]:
     def run(model: onnx.ModelProto, code: str) -> Source:
         onnx.save(model, tmp_path / "model.onnx")
         lines = "".join(f"    {line}\n" for line in code.splitlines())
-        (tmp_path / "s.py").write_text(f"import onnx_graphsurgeon as gs\nimport numpy as np\ndef f(g):\n{lines}")
+        (tmp_path / "s.py").write_text(
+            f"import onnx_graphsurgeon as gs\nimport numpy as np\ndef f(g):\n{lines}"
+        )
         return surgeon.scripted(load(tmp_path / "model.onnx"), f"{tmp_path / 's.py'}:f")
 
     return run
 
 
-def model(dtype: Any = np.float32, **more: Any) -> onnx.ModelProto:
+def model(dtype: Any = np.float32) -> onnx.ModelProto:
     """y = Relu(x W) V, with W and V of 8 KB each, x of type `dtype`."""
     rng = np.random.default_rng(0)
-    w, v = (ir.tensor(rng.standard_normal((32, 64 if n == "w" else 32)).astype(dtype), name=n) for n in "wv")
-    v = ir.tensor(np.ascontiguousarray(rng.standard_normal((64, 32)).astype(dtype)), name="v")
+    w = ir.tensor(rng.standard_normal((32, 64)).astype(dtype), name="w")
+    v = ir.tensor(rng.standard_normal((64, 32)).astype(dtype), name="v")
     kind = int(w.dtype)
     nodes = [
         helper.make_node("MatMul", ["x", "w"], ["h"], name="first"),
@@ -66,7 +68,7 @@ def model(dtype: Any = np.float32, **more: Any) -> onnx.ModelProto:
     nodes[2].metadata_props.add(key="who", value="me")
     ports = [helper.make_tensor_value_info(n, kind, ["batch", 32]) for n in "xy"]
     graph = helper.make_graph(nodes, "g", ports[:1], ports[1:], [ir.to_proto(w), ir.to_proto(v)])
-    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10, **more)
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     made.metadata_props.add(key="author", value="me")
     return made
 
@@ -93,7 +95,9 @@ def form(model: ir.Model) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("script", ["nothing", "copy", "touch"])
-def test_a_script_that_changes_nothing(script: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_script_that_changes_nothing(
+    script: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Over the family of odd graphs: interface, metadata, bodies, functions, values, versions are all as they were."""
     (tmp_path / "scripts.py").write_text(SCRIPTS)
     for graph in corpus(5, COUNT):
@@ -108,12 +112,14 @@ def test_a_script_that_changes_nothing(script: str, tmp_path: Path, capsys: pyte
     assert capsys.readouterr().out == ""
 
 
-def test_weights_stay_where_they_are(run: Callable[..., Source]) -> None:
-    made = run(model(), "g.tensors()['v'].values")
-    for name in "wv":  # looked at or not: views of the mapped file, which nobody may write to
-        value = made.model.graph.initializers[name].const_value
-        assert isinstance(value, ir.Tensor)
-        assert not value.numpy().flags.writeable
+def test_weights_stay_where_they_are(tmp_path: Path) -> None:
+    """Looked at or not: the very tensors that loading made, which are views of the mapped file when they are large."""
+    (tmp_path / "scripts.py").write_text(SCRIPTS)
+    source = load(ir.from_proto(model()))
+    for script in ("nothing", "touch"):
+        made = surgeon.scripted(source, f"{tmp_path / 'scripts.py'}:{script}")
+        for name, value in source.model.graph.initializers.items():
+            assert made.model.graph.initializers[name].const_value is value.const_value
 
 
 def test_new_values_renamed_copied_and_removed_weights(run: Callable[..., Source]) -> None:
@@ -132,7 +138,11 @@ def test_new_values_renamed_copied_and_removed_weights(run: Callable[..., Source
         "return g",
     ).model
     before = {t.name: onnx.numpy_helper.to_array(t) for t in model().graph.initializer}
-    after = {name: value.const_value.numpy() for name, value in made.graph.initializers.items() if value.const_value}
+    after = {
+        name: value.const_value.numpy()
+        for name, value in made.graph.initializers.items()
+        if value.const_value
+    }
     assert set(after) == {"w_renamed", "v", "v_copy"}
     np.testing.assert_array_equal(after["w_renamed"], before["w"] * 2)
     np.testing.assert_array_equal(after["v"], before["v"])
@@ -157,14 +167,20 @@ def test_four_bits(run: Callable[..., Source], rows: int) -> None:
     """graphsurgeon raises when it writes 4-bit values that were looked at."""
     array = (np.arange(rows * 8) % 16 - 8).reshape(rows, 8).astype(ml_dtypes.int4)
     graph = helper.make_graph(
-        [helper.make_node("DequantizeLinear", ["q", "s"], ["d"]), helper.make_node("MatMul", ["x", "d"], ["y"])],
+        [
+            helper.make_node("DequantizeLinear", ["q", "s"], ["d"]),
+            helper.make_node("MatMul", ["x", "d"], ["y"]),
+        ],
         "g",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, rows])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 8])],
         [ir.to_proto(ir.tensor(array, name="q")), helper.make_tensor("s", TensorProto.FLOAT, (), [0.5])],
     )
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-    for code, wanted in (("g.tensors()['q'].values", array), ("q = g.tensors()['q']\nq.values = -q.values", -array)):
+    for code, wanted in (
+        ("g.tensors()['q'].values", array),
+        ("q = g.tensors()['q']\nq.values = q.values[::-1]", array[::-1]),
+    ):
         value = run(proto, code).model.graph.initializers["q"].const_value
         assert value is not None
         assert value.dtype == ir.DataType.INT4
@@ -203,18 +219,22 @@ def test_passes_on_a_graph(tmp_path: Path) -> None:
     made = surgeon.apply(graph, LowRankPass(options), CommonSubexpressionEliminationPass())
     assert [n.op for n in graph.nodes] == ["MatMul", "Relu", "MatMul"]
     assert [n.op for n in made.nodes] == ["MatMul", "MatMul", "Relu", "MatMul", "MatMul"]
-    onnx.checker.check_model(gs.export_onnx(made), full_check=True)  # by graphsurgeon's own exporter: values are whole
+    onnx.checker.check_model(
+        gs.export_onnx(made), full_check=True
+    )  # by graphsurgeon's own exporter: values are whole
     product = made.nodes[0].inputs[1].values @ made.nodes[1].inputs[1].values
     np.testing.assert_allclose(product, graph.nodes[0].inputs[1].values, atol=1e-5)
 
 
-def test_a_graph_made_by_hand(tmp_path: Path) -> None:
-    """Constants that are plain arrays, an empty list, and one that two bodies read."""
+def test_a_graph_made_by_hand() -> None:
+    """No IR version is given, and two bodies read one array."""
     weight = gs.Constant("w", np.eye(40, dtype=np.float32))
     branches = {}
     for name in ("then_branch", "else_branch"):
         out = gs.Variable(f"{name}_out", np.float32)
-        body = gs.Graph([gs.Node("Add", inputs=[weight, weight], outputs=[out])], [], [out], name=name, opset=17)
+        body = gs.Graph(
+            [gs.Node("Add", inputs=[weight, weight], outputs=[out])], [], [out], name=name, opset=17
+        )
         branches[name] = body
     condition, y = gs.Variable("c", np.bool_, []), gs.Variable("y", np.float32, [40, 40])
     graph = gs.Graph([gs.Node("If", "if", branches, [condition], [y])], [condition], [y], opset=17)

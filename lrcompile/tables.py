@@ -1,0 +1,82 @@
+"""Plain-text tables of what people read on a terminal: plans, figures, totals."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from lrcompile.records import Decision, Evidence, Plan, Result, Totals
+
+
+def columns(rows: Sequence[Sequence[str]], left: Iterable[int] = (0,)) -> list[str]:
+    """Lines of a table whose columns are as wide as they need; those named in `left` start at their left edge."""
+    starts = set(left)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+
+    def line(row: Sequence[str]) -> str:
+        cells = (t.ljust(w) if i in starts else t.rjust(w) for i, (t, w) in enumerate(zip(row, widths, strict=True)))
+        return "  ".join(cells).rstrip()
+
+    return [line(row) for row in rows]
+
+
+def counted(reasons: Iterable[str]) -> list[str]:
+    """Each reason once, the most frequent first, with how often it was given."""
+    return [f"{count:5} x {reason}" for reason, count in Counter(reasons).most_common()]
+
+
+def plan_table(plan: Plan, why: bool = False) -> str:
+    """The groups that are rewritten, then the others: with why each by itself, else counted by reason."""
+    shown = plan.decisions if why else plan.rewritten
+    head = ["weight", "method", "rank", "parameters", "kept", "error", "reason"]
+    lines = columns([head, *map(_row, shown)], left=(0, 1, 6)) if shown else []
+    if not why and (rest := [d.reason for d in plan.decisions if not d.rewrites]):
+        lines += ["left as they are:", *counted(rest)]
+    before, after = (sum(getattr(d, f"parameters_{w}") for d in plan.decisions) for w in ("before", "after"))
+    lines.append(
+        f"{len(plan.rewritten)} of {len(plan.decisions)} weights rewritten for {plan.target}: "
+        f"{before:,} -> {after:,} of their parameters ({_share(after, before)})"
+    )
+    return "\n".join([*lines, *plan.notes])
+
+
+def _row(d: Decision) -> list[str]:
+    error = "" if d.claimed_error is None else f"{d.claimed_error:.3f}" if d.claimed_error >= 5e-4 else f"{d.claimed_error:.0e}"
+    rank = "" if d.rank is None else str(d.rank)
+    kept = f"{d.parameters_after / d.parameters_before:.3f}" if d.parameters_before else ""
+    return [d.group, d.method, rank, f"{d.parameters_before:,}", kept, error, d.reason]
+
+
+def figures(evidence: Evidence) -> list[str]:
+    """How far each output moved, beside how far the original moves by itself."""
+    optional = [name for name in ("kl", "top1") if any(getattr(o, name) is not None for _, o in evidence.outputs)]
+    rows = [["output", "cosine", "relative L2", "noise floor", "SNR dB", "max abs", *optional]]
+    for name, o in evidence.outputs:
+        snr = "inf" if o.snr_db is None else f"{o.snr_db:.1f}"
+        extra = ["" if (v := getattr(o, n)) is None else f"{v:.4f}" for n in optional]
+        rows.append([name, f"{o.cosine:.5f}", f"{o.relative_l2:.2e}", f"{o.noise_floor:.0e}", snr, f"{o.max_abs:.2e}", *extra])
+    lines = columns(rows)
+    if evidence.metric is not None:
+        before, after = evidence.metric
+        lines.append(f"metric {before:.6g} -> {after:.6g}" + (f" ({after / before:.3f}x)" if before else ""))
+    return lines
+
+
+def totals_lines(totals: Totals) -> list[str]:
+    t = totals
+    return [
+        f"parameters  {t.parameters_before:,} -> {t.parameters_after:,} ({_share(t.parameters_after, t.parameters_before)})",
+        f"constants   {t.bytes_before / 1e6:,.2f} MB -> {t.bytes_after / 1e6:,.2f} MB ({_share(t.bytes_after, t.bytes_before)})",
+        f"FLOPs       {t.flops_before:,} -> {t.flops_after:,} ({_share(t.flops_after, t.flops_before)}) at the first feed",
+    ]
+
+
+def result_table(result: Result) -> str:
+    """The plan in short, the outputs' figures, the totals, the verdict."""
+    e = result.evidence
+    last = f"{e.verdict}: measured on {e.held_out} ({e.engine}); published in {result.path}"
+    return "\n".join([plan_table(result.plan), "", *figures(e), "", *totals_lines(result.totals), "", last])
+
+
+def _share(after: int, before: int) -> str:
+    return f"{after / before:.1%}" if before else "-"
