@@ -5,7 +5,7 @@
 Every line is a process of its own, started cold with an empty cache; compile and graphsurgeon take turns, so that a busy
 machine slows both. Memory is what the kernel calls RssAnon + RssShmem, summed over the process and all that it started,
 looked at every 50 ms: pages of mapped files are not counted, because the kernel takes them back when it wants to.
-Models that are not in DIR (build/benchmarks) are made there by their recipes.
+Models that are not in DIR (build/models) are made there by their recipes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import dataclasses
 import os
 import platform
 import re
+import resource
 import shutil
 import statistics
 import subprocess
@@ -51,9 +52,10 @@ CASES: dict[str, tuple[str, dict[str, str]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What a process took. peak: bytes of RssAnon + RssShmem over its tree. log: what it printed."""
+    """What a process took. cpu: processor seconds. peak: bytes of RssAnon + RssShmem over its tree. log: what it printed."""
 
     seconds: float
+    cpu: float
     peak: int
     code: int
     log: str
@@ -62,7 +64,7 @@ class Cost:
 def measure(command: Sequence[str], timeout: float | None = None) -> Cost:
     """Run a command in its own process and watch its tree. One BLAS thread a process, as the Makefile has it."""
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    start, peak = time.monotonic(), 0
+    start, used, peak = time.monotonic(), _cpu(), 0
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **threads}, cwd=ROOT
     )
@@ -75,7 +77,13 @@ def measure(command: Sequence[str], timeout: float | None = None) -> Cost:
     finally:
         process.kill()  # nothing happens when it has ended; its child ends with it
         log = process.communicate()[0]
-    return Cost(time.monotonic() - start, peak, process.returncode, log)
+    return Cost(time.monotonic() - start, _cpu() - used, peak, process.returncode, log)
+
+
+def _cpu() -> float:
+    """Processor seconds of all processes that we waited for, and of all that they waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def tree_memory(root: int) -> int:
@@ -180,7 +188,7 @@ def rows_of(name: str, data: Path, scratch: Path, runs: int) -> list[tuple[str, 
             scratch.mkdir()
             if cost.code:
                 raise SystemExit(f"{name}, {kind}: exit code {cost.code}\n{cost.log[-3000:]}")
-            print(f"{name}, {kind}: {cost.seconds:.1f} s, {cost.peak / 1e9:.2f} GB", file=sys.stderr)
+            print(f"{name}, {kind}: {cost.seconds:.1f} s, {cost.cpu:.1f} s of processor, {cost.peak / 1e9:.2f} GB", file=sys.stderr)
             costs[kind].append(cost)
     sizes = sum(f.stat().st_size for f in model.parent.glob("model.onnx*"))
     label = f"{name}, {sizes / 1e6:,.0f} MB"
@@ -189,10 +197,11 @@ def rows_of(name: str, data: Path, scratch: Path, runs: int) -> list[tuple[str, 
 
 def table(rows: Sequence[tuple[str, str, Sequence[Cost]]]) -> str:
     """The rows as markdown; of several runs the median, and the largest peak."""
-    lines = ["| model | what | seconds | peak memory, GB |", "|---|---|---:|---:|"]
+    lines = ["| model | what | seconds | of processor | peak memory, GB |", "|---|---|---:|---:|---:|"]
     for model, what, costs in rows:
-        seconds, peak = statistics.median(c.seconds for c in costs), max(c.peak for c in costs)
-        lines.append(f"| {model} | {what} | {seconds:.1f} | {peak / 1e9:.2f} |")
+        seconds, cpu = (statistics.median(getattr(c, name) for c in costs) for name in ("seconds", "cpu"))
+        peak = max(c.peak for c in costs)
+        lines.append(f"| {model} | {what} | {seconds:.1f} | {cpu:.1f} | {peak / 1e9:.2f} |")
     return "\n".join(lines)
 
 
@@ -222,7 +231,7 @@ lines of this table with each other.
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--models", default=",".join(CASES), help="which of %(default)s")
-    parser.add_argument("--data", type=Path, default=ROOT / "build" / "benchmarks", metavar="DIR")
+    parser.add_argument("--data", type=Path, default=ROOT / "build" / "models", metavar="DIR")
     parser.add_argument("--runs", type=int, default=1, metavar="N", help="of each kind, taking turns")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the page there as well")
     options = parser.parse_args()

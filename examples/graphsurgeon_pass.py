@@ -18,7 +18,7 @@ hidden = next(node for node in graph.nodes if node.name == "relu").outputs[0]
 hidden.dtype, hidden.shape = "float32", ["batch", tiny_model.HIDDEN]
 graph.outputs.append(hidden)
 
-low_rank = LowRankPass(Options(budget=Budget(keep=0.6), data=tiny_model.feeds()), verify=True)
+low_rank = LowRankPass(Options(budget=Budget(keep=0.6), data=tiny_model.feeds()))
 smaller = surgeon.apply(graph, low_rank)
 
 # And on as usual. Constants read their values when they are asked for, so nothing was loaded yet that was not needed.

@@ -15,7 +15,7 @@ from pathlib import Path
 import tiny_model
 from polygraphy.backend.onnx import BytesFromOnnx, OnnxFromPath
 from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
-from polygraphy.comparator import Comparator, CompareFunc, RunResults
+from polygraphy.comparator import Comparator, CosineSimilarityCompareFunc, RunResults, SimpleCompareFunc
 from polygraphy.json import load_json
 from polygraphy.logger import G_LOGGER
 
@@ -37,13 +37,11 @@ with tempfile.TemporaryDirectory() as name:
     inputs = load_json(str(out / "inputs.json"))
     replayed = Comparator.run([runner(out / "model.onnx", "replayed")], data_loader=inputs)
     replayed.extend(stored)
-    same = Comparator.compare_accuracy(replayed, compare_func=CompareFunc.simple(atol=1e-5, rtol=1e-5))
+    same = Comparator.compare_accuracy(replayed, compare_func=SimpleCompareFunc(atol=1e-5, rtol=1e-5))
     print("stored outputs:", "reproduced" if same else "NOT reproduced", f"on {len(inputs)} feeds")
 
     # 2. How far it moved, on feeds of one's own, by a policy of one's own.
     runners = [runner(path, "original"), runner(out / "model.onnx", "compiled")]
     results = Comparator.run(runners, data_loader=tiny_model.feeds(4))
-    close = Comparator.compare_accuracy(
-        results, compare_func=CompareFunc.cosine_similarity(cosine_similarity_threshold=0.99)
-    )
+    close = Comparator.compare_accuracy(results, compare_func=CosineSimilarityCompareFunc(0.99))
     print("original and compiled:", "within" if close else "NOT within", "cosine 0.99")

@@ -116,14 +116,18 @@ def race(
     """
     if not feeds:
         raise UsageError("there is no feed to run the models on: give --shape or --data")
-    options = BuildOptions(target, threads=threads, exact=False)  # the kernels that users get, not the most accurate ones
+    options = BuildOptions(
+        target, threads=threads, exact=False
+    )  # the kernels that users get, not the most accurate ones
     with child.build(target, original, options) as a, child.build(target, compiled, options) as b:
         repeats = [_ask(child, "warm_up", a, b, feed, threads=threads, timeout=timeout) for feed in feeds]
         rounds: list[tuple[float, ...]] = []
         end = (start := time.monotonic()) + seconds
         while len(rounds) < _FEWEST or (time.monotonic() < end and len(rounds) < _MOST):
             at = len(rounds) % len(feeds)
-            rounds.append(_ask(child, "time_round", a, b, feeds[at], repeats[at], threads=threads, timeout=timeout))
+            rounds.append(
+                _ask(child, "time_round", a, b, feeds[at], repeats[at], threads=threads, timeout=timeout)
+            )
             share = max(len(rounds) / _MOST, (time.monotonic() - start) / max(seconds, 1e-9))
             progress("bench", min(round(100 * share), 100), 100)
     ratios = [(a1 + a2) / (b1 + b2) for a1, b1, b2, a2, *_ in rounds]
@@ -173,7 +177,9 @@ def _time(engine: Engine, feed: Feed, repeats: int) -> float:
 
 def shapes_of(feeds: Sequence[Mapping[str, Array]]) -> tuple[str, ...]:
     """What was fed, as trtexec writes it, each combination once."""
-    texts = (", ".join(f"{n}:{'x'.join(map(str, a.shape)) or 'scalar'}" for n, a in feed.items()) for feed in feeds)
+    texts = (
+        ", ".join(f"{n}:{'x'.join(map(str, a.shape)) or 'scalar'}" for n, a in feed.items()) for feed in feeds
+    )
     return tuple(dict.fromkeys(texts))
 
 
@@ -199,7 +205,9 @@ def dims_of(texts: Sequence[str], inputs: Sequence[Input]) -> dict[str, int]:
     dims: dict[str, int] = {}
     for name, shape in parse_shapes(texts).items():
         if name not in known:
-            raise UsageError(f"--shape: the model has no input {name!r}; it reads {', '.join(known) or 'nothing'}")
+            raise UsageError(
+                f"--shape: the model has no input {name!r}; it reads {', '.join(known) or 'nothing'}"
+            )
         wanted = known[name].shape
         if wanted is None:
             raise UsageError(f"--shape: the model does not say which rank {name!r} has: give --data")

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from lrcompile.options import Options
 
 _BUG, _INTERRUPTED = 70, 130
-_ClickError: type[Exception] = typer.BadParameter.__mro__[2]  # the base of what typer raises about the command line
+_ClickError: type[Exception] = typer.BadParameter.__mro__[
+    2
+]  # the base of what typer raises about the command line
 _SHOWN = frozenset({"json", "verbose", "quiet"})
 
 
@@ -50,7 +52,9 @@ class _Group(TyperGroup):
             code = UsageError.exit_code
         except Exception as error:
             traceback.print_exc()
-            _say(f"error: this is a bug of lrcompile, please report it with the lines above: {type(error).__name__}: {error}")
+            _say(
+                f"error: this is a bug of lrcompile, please report it with the lines above: {type(error).__name__}: {error}"
+            )
             code = _BUG
         sys.exit(code if isinstance(code, int) else 0)
 
@@ -79,7 +83,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _lrcompile(
-    version: Annotated[bool, Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Make an ONNX model smaller or faster, and prove how far its outputs moved."""
 
@@ -102,9 +108,18 @@ def _options(flags: Mapping[str, Any], file: Path | None = None) -> Options:
 @app.command()
 @takes(output)
 def export(
-    model: Annotated[str, Argument(metavar="MODEL", help="A Hugging Face folder, a .gguf file, or file.py:make.", show_default=False)],
-    out: Annotated[Path, Option("-o", "--output", metavar="FILE.onnx", help="The file to write.", show_default=False)],
-    dtype: Annotated[str, Option(help="Type of the weights: float32, float16, bfloat16, or auto (as stored).")] = "float32",
+    model: Annotated[
+        str,
+        Argument(
+            metavar="MODEL", help="A Hugging Face folder, a .gguf file, or file.py:make.", show_default=False
+        ),
+    ],
+    out: Annotated[
+        Path, Option("-o", "--output", metavar="FILE.onnx", help="The file to write.", show_default=False)
+    ],
+    dtype: Annotated[
+        str, Option(help="Type of the weights: float32, float16, bfloat16, or auto (as stored).")
+    ] = "float32",
     opset: Annotated[int | None, Option(help="ONNX opset. [default: the exporter's own]")] = None,
     **flags: Any,
 ) -> None:
@@ -115,7 +130,10 @@ def export(
         screen("export", 0, 1)
         path = run(model, out, dtype=dtype, opset=opset)
         screen("export", 1, 1)
-        screen.show(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)", {"path": str(path), "bytes": path.stat().st_size})
+        screen.show(
+            f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)",
+            {"path": str(path), "bytes": path.stat().st_size},
+        )
 
 
 @app.command()
@@ -149,7 +167,9 @@ def plan(
 @takes(budget, drawing, choosing, publishing, machine, output)
 def compile(  # noqa: A001 - the verb of this tool
     model: Model,
-    out: Annotated[Path, Option("-o", "--output", metavar="OUT", help="The folder to write.", show_default=False)],
+    out: Annotated[
+        Path, Option("-o", "--output", metavar="OUT", help="The folder to write.", show_default=False)
+    ],
     **flags: Any,
 ) -> None:
     """Turn a model into a folder: factorized, built, verified."""
@@ -165,9 +185,17 @@ def compile(  # noqa: A001 - the verb of this tool
 @takes(drawing, machine, output)
 def verify(
     out: Folder,
-    original: Annotated[Path | None, Option(metavar="MODEL", help="The model that was compiled: then everything is asked again.")] = None,
-    max_error: Annotated[str | None, Option(metavar="LIMITS", help="How far outputs may move. [default: as when it was compiled]")] = None,
-    metric: Annotated[str | None, Option(metavar="FILE.py:FUNC", help="Your own figure, func(run, feeds) -> float.")] = None,
+    original: Annotated[
+        Path | None,
+        Option(metavar="MODEL", help="The model that was compiled: then everything is asked again."),
+    ] = None,
+    max_error: Annotated[
+        str | None,
+        Option(metavar="LIMITS", help="How far outputs may move. [default: as when it was compiled]"),
+    ] = None,
+    metric: Annotated[
+        str | None, Option(metavar="FILE.py:FUNC", help="Your own figure, func(run, feeds) -> float.")
+    ] = None,
     **flags: Any,
 ) -> None:
     """Check a folder; with the original, ask everything again."""
@@ -187,9 +215,15 @@ def verify(
 @takes(drawing, machine, output)
 def bench(
     out: Folder,
-    original: Annotated[Path, Option(metavar="MODEL", help="The model that was compiled.", show_default=False)],
+    original: Annotated[
+        Path, Option(metavar="MODEL", help="The model that was compiled.", show_default=False)
+    ],
     shape: Annotated[
-        list[str] | None, Option(metavar="X:1x64", help="Shape of an input, as x:1x64 or x:[1,64]. Repeatable. [default: inputs.json]")
+        list[str] | None,
+        Option(
+            metavar="X:1x64",
+            help="Shape of an input, as x:1x64 or x:[1,64]. Repeatable. [default: inputs.json]",
+        ),
     ] = None,
     seconds: Annotated[float, Option(help="How long to measure.", min=0)] = 5.0,
     **flags: Any,
@@ -198,14 +232,18 @@ def bench(
     with _screen(flags) as screen:
         from lrcompile.commands import bench as run
 
-        race = run(out, original, shapes=shape or (), seconds=seconds, options=_options(flags), progress=screen)
+        race = run(
+            out, original, shapes=shape or (), seconds=seconds, options=_options(flags), progress=screen
+        )
         screen.show(race, race.to_json())
 
 
 @app.command()
 @takes(output)
 def doctor(
-    cache: Annotated[Path | None, Option(envvar="LRCOMPILE_CACHE", help="The cache folder to look at.")] = None,
+    cache: Annotated[
+        Path | None, Option(envvar="LRCOMPILE_CACHE", help="The cache folder to look at.")
+    ] = None,
     **flags: Any,
 ) -> None:
     """Say what works here, and how to get the rest."""
@@ -215,7 +253,9 @@ def doctor(
         from lrcompile.errors import PluginError
 
         checks = run(cache)
-        screen.show("\n".join(map(str, checks)), {"healthy": healthy(checks), "checks": [c.to_json() for c in checks]})
+        screen.show(
+            "\n".join(map(str, checks)), {"healthy": healthy(checks), "checks": [c.to_json() for c in checks]}
+        )
     if not healthy(checks):
         broken = [c.name for c in checks if c.needed and not c.ok] or ["no target works"]
         raise PluginError(f"lrcompile cannot work here: {', '.join(broken)}")

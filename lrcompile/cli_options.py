@@ -37,8 +37,13 @@ def takes(*templates: Template) -> Callable[[Callable[..., None]], Callable[...,
 
 
 def output(
-    json: Annotated[bool, Option("--json", help="Print one JSON document on stdout; logs go to stderr.")] = False,
-    verbose: Annotated[int, Option("-v", "--verbose", count=True, show_default=False, help="Say more on stderr; -vv says all.")] = 0,
+    json: Annotated[
+        bool, Option("--json", help="Print one JSON document on stdout; logs go to stderr.")
+    ] = False,
+    verbose: Annotated[
+        int,
+        Option("-v", "--verbose", count=True, show_default=False, help="Say more on stderr; -vv says all."),
+    ] = 0,
     quiet: Annotated[bool, Option("-q", "--quiet", help="Nothing on stderr but errors.")] = False,
 ) -> None:
     """Flags of every command."""
@@ -47,16 +52,22 @@ def output(
 def machine(
     threads: Annotated[int | None, Option(help="Threads of BLAS and of the runtime. [default: 1]")] = None,
     timeout: Annotated[
-        float | None, Option(help="Seconds that building and running may take. [default: 20, more for big models]")
+        float | None,
+        Option(help="Seconds that building and running may take. [default: 20, more for big models]"),
     ] = None,
     memory: Annotated[
         str | None, Option(metavar="SIZE", help="Memory that building and running may take, for example 4GB.")
     ] = None,
     allow_hardlinks: Annotated[
-        bool | None, Option("--allow-hardlinks", help="Take external data from files that have several hard links.")
+        bool | None,
+        Option("--allow-hardlinks", help="Take external data from files that have several hard links."),
+    ] = None,
+    gs_script: Annotated[
+        str | None, Option(metavar="FILE.py:FUNC", help="A graphsurgeon function to run on the model first.")
     ] = None,
     cache: Annotated[
-        Path | None, Option(envvar="LRCOMPILE_CACHE", help="Folder for factors and moments. [default: the user's cache]")
+        Path | None,
+        Option(envvar="LRCOMPILE_CACHE", help="Folder for factors and moments. [default: the user's cache]"),
     ] = None,
 ) -> None:
     """Flags of every command that runs a model."""
@@ -65,12 +76,18 @@ def machine(
 def drawing(
     data: Annotated[
         str | None,
-        Option(metavar="DATA", help="Calibration data: a .npz file, a folder of them, or file.py[:load_data]. A quarter is held out."),
+        Option(
+            metavar="DATA",
+            help="Calibration data: a .npz file, a folder of them, or file.py[:load_data]. A quarter is held out.",
+        ),
     ] = None,
     batch: Annotated[int | None, Option(help="Rows of a .npz array that make one feed. [default: 8]")] = None,
     dim: Annotated[
         list[str] | None,
-        Option(metavar="NAME=N", help="Value of a symbolic dimension where inputs are drawn and costs counted. Repeatable."),
+        Option(
+            metavar="NAME=N",
+            help="Value of a symbolic dimension where inputs are drawn and costs counted. Repeatable.",
+        ),
     ] = None,
     seed: Annotated[int | None, Option(help="Seed of all that is drawn. [default: 0]")] = None,
 ) -> None:
@@ -78,13 +95,23 @@ def drawing(
 
 
 def choosing(
-    target: Annotated[str | None, Option(help="RUNTIME[-DEVICE] to compile for; doctor lists them. [default: ort-cpu]")] = None,
-    methods: Annotated[
-        str | None, Option(metavar="A,B", help="Factorizations to choose from; dense is always allowed. [default: auto]")
+    target: Annotated[
+        str | None, Option(help="RUNTIME[-DEVICE] to compile for; doctor lists them. [default: ort-cpu]")
     ] = None,
-    include: Annotated[str | None, Option(metavar="REGEX", help="Exactly the weights whose name matches are eligible, tables too.")] = None,
-    exclude: Annotated[str | None, Option(metavar="REGEX", help="Weights whose name matches stay as they are.")] = None,
-    config: Annotated[Path | None, Option(metavar="FILE.yaml", help="Options in a file; those given here go before.")] = None,
+    methods: Annotated[
+        str | None,
+        Option(metavar="A,B", help="Factorizations to choose from; dense is always allowed. [default: auto]"),
+    ] = None,
+    include: Annotated[
+        str | None,
+        Option(metavar="REGEX", help="Exactly the weights whose name matches are eligible, tables too."),
+    ] = None,
+    exclude: Annotated[
+        str | None, Option(metavar="REGEX", help="Weights whose name matches stay as they are.")
+    ] = None,
+    config: Annotated[
+        Path | None, Option(metavar="FILE.yaml", help="Options in a file; those given here go before.")
+    ] = None,
 ) -> None:
     """Flags that say which weights may become what."""
 
@@ -98,30 +125,59 @@ def budget(
             "too; eligible are the constant weights of MatMul and Gemm, not tables nor heads tied to one.",
         ),
     ] = None,
-    energy: Annotated[float | None, Option(metavar="F", help="Smallest rank of each weight that holds this share of its energy.")] = None,
-    rank: Annotated[str | None, Option(metavar="N|full", help="This rank everywhere; full: every weight, unchanged to rounding.")] = None,
+    energy: Annotated[
+        float | None,
+        Option(metavar="F", help="Smallest rank of each weight that holds this share of its energy."),
+    ] = None,
+    rank: Annotated[
+        str | None,
+        Option(metavar="N|full", help="This rank everywhere; full: every weight, unchanged to rounding."),
+    ] = None,
     max_error: Annotated[
         str | None,
-        Option(metavar="LIMITS", help="How far outputs may move, as in snr=30,cosine=0.99,kl=0.05,metric=1.05x. [default: cosine=0.99]"),
+        Option(
+            metavar="LIMITS",
+            help="How far outputs may move, as in snr=30,cosine=0.99,kl=0.05,metric=1.05x. [default: cosine=0.99]",
+        ),
     ] = None,
-    objective: Annotated[str | None, Option(metavar="NAME", help="What gets small under --max-error: size. [default: size]")] = None,
-    plan: Annotated[Path | None, Option("--plan", metavar="FILE", help="Carry out this plan, as plan --json wrote it; ranks may be edited.")] = None,
-    verify_data: Annotated[str | None, Option(metavar="DATA", help="Data to judge by, instead of a held-out quarter of --data.")] = None,
-    metric: Annotated[str | None, Option(metavar="FILE.py:FUNC", help="Your own figure, func(run, feeds) -> float.")] = None,
+    objective: Annotated[
+        str | None, Option(metavar="NAME", help="What gets small under --max-error: size. [default: size]")
+    ] = None,
+    plan: Annotated[
+        Path | None,
+        Option(
+            "--plan",
+            metavar="FILE",
+            help="Carry out this plan, as plan --json wrote it; ranks may be edited.",
+        ),
+    ] = None,
+    verify_data: Annotated[
+        str | None, Option(metavar="DATA", help="Data to judge by, instead of a held-out quarter of --data.")
+    ] = None,
+    metric: Annotated[
+        str | None, Option(metavar="FILE.py:FUNC", help="Your own figure, func(run, feeds) -> float.")
+    ] = None,
 ) -> None:
     """Flags that say how much, and how it is judged."""
 
 
 def publishing(
     external_data: Annotated[
-        bool | None, Option("--external-data/--no-external-data", help="Weights in model.onnx.data. [default: above 1 GiB]")
+        bool | None,
+        Option(
+            "--external-data/--no-external-data", help="Weights in model.onnx.data. [default: above 1 GiB]"
+        ),
     ] = None,
-    keep_functions: Annotated[bool | None, Option("--keep-functions", help="Publish neutral.onnx too: one function a rewritten weight.")] = None,
-    gs_script: Annotated[str | None, Option(metavar="FILE.py:FUNC", help="A graphsurgeon function to run on the graph first.")] = None,
+    keep_functions: Annotated[
+        bool | None,
+        Option("--keep-functions", help="Publish neutral.onnx too: one function a rewritten weight."),
+    ] = None,
     force: Annotated[bool | None, Option("--force", help="Replace OUT if it is a folder of ours.")] = None,
 ) -> None:
     """Flags that say what is written."""
 
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="An ONNX file.", show_default=False)]
-Folder = Annotated[Path, typer.Argument(metavar="OUT", help="A folder that compile wrote.", show_default=False)]
+Folder = Annotated[
+    Path, typer.Argument(metavar="OUT", help="A folder that compile wrote.", show_default=False)
+]

@@ -24,7 +24,12 @@ class Screen:
         self.json, self.quiet = json, quiet
         self._out, self._err = Console(highlight=False), Console(stderr=True, highlight=False)
         self._bars = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=self._err, transient=True
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=self._err,
+            transient=True,
         )
         self._stage: tuple[str, TaskID] | None = None
         self._last = time.monotonic()

@@ -28,6 +28,7 @@ from lrcompile.registry import factorizations, methods_of
 from lrcompile.rewrite import jittered, reconstructed
 from lrcompile.sites import find
 from lrcompile.store import check_folder
+from lrcompile.surgeon import scripted
 from lrcompile.tables import figures
 from lrcompile.verify import Noise, check_rewrite, judge, measure, noise_of, score
 from lrcompile.weights import ModelWeights
@@ -39,7 +40,11 @@ __all__ = ["Verification", "bench", "inspect", "plan", "verify"]
 
 
 def inspect(
-    model: str | Path | ir.Model, options: Options | None = None, *, child: Child | None = None, progress: Progress = silent
+    model: str | Path | ir.Model,
+    options: Options | None = None,
+    *,
+    child: Child | None = None,
+    progress: Progress = silent,
 ) -> Inspection:
     """What a model holds that could be rewritten, and at which cost; no budget is asked for.
 
@@ -59,7 +64,11 @@ def inspect(
 
 
 def plan(
-    model: str | Path | ir.Model, options: Options | None = None, *, child: Child | None = None, progress: Progress = silent
+    model: str | Path | ir.Model,
+    options: Options | None = None,
+    *,
+    child: Child | None = None,
+    progress: Progress = silent,
 ) -> Plan:
     """The plan that `compile` would carry out with these options. An error limit alone is searched for by compiling."""
     options = (options or Options()).completed()
@@ -122,7 +131,9 @@ def verify(
             return Verification(out, tuple(checks))
         evidence = _with_original(out, document, published, original, data, options, shop, checks, progress)
     if evidence.verdict == "failed":
-        raise VerificationError(f"{out}: the outputs moved further than asked for: {'; '.join(evidence.failures)}")
+        raise VerificationError(
+            f"{out}: the outputs moved further than asked for: {'; '.join(evidence.failures)}"
+        )
     return Verification(out, tuple(checks), evidence)
 
 
@@ -137,11 +148,13 @@ def _with_original(
     out: Path, document: Mapping[str, Any], published: Source, original: str | Path | ir.Model, data: Data | None,
     options: Options, shop: Workshop, checks: list[str], progress: Progress,
 ) -> Evidence:  # fmt: skip
-    source = load(original, allow_hardlinks=options.allow_hardlinks)
-    check_source(source, document, out)
+    source = scripted(load(original, allow_hardlinks=options.allow_hardlinks), options.gs_script)
+    check_source(source, original, document, out)
     checks.append("the original is the model that it was compiled from")
     target, child = document["target"], shop.child
-    given = data if data is not None else options.verify_data if options.verify_data is not None else options.data
+    given = (
+        data if data is not None else options.verify_data if options.verify_data is not None else options.data
+    )
     feeds = open_feeds(given, inputs_of(source.model), options.batch) if given is not None else None
     child.deadline = time_limit(options.timeout, source, 16 + len(feeds or ()))
     path = original_of(source, target, child, shop.scratch)
@@ -154,7 +167,7 @@ def _with_original(
     with build(child, target, path) as dense, build(child, target, out / "model.onnx") as engine:
         function = load_metric(options.metric)
         metric = (function, score(function, dense, judged_on)) if function is not None else None
-        evidence = measure(dense, engine, judged_on, metric)
+        evidence = measure(dense, engine, judged_on.watched("verify", progress), metric)
     limits = [limit for limit in options.budget.max_error if limit.name != "metric" or metric is not None]
     if feeds is None and document["evidence"]["held_out"] != drawn.origin:
         limits = []  # they were asked for of the user's data
@@ -165,11 +178,12 @@ def _with_original(
     return evidence
 
 
-def check_source(source: Source, document: Mapping[str, Any], out: Path) -> None:
+def check_source(source: Source, given: object, document: Mapping[str, Any], out: Path) -> None:
     """Whether a model is the one that a folder was compiled from. Raises VerificationError."""
     was = document["source"]
     if source.sha256 != was["sha256"] or dict(source.weights) != was["weights_sha256"]:
-        raise VerificationError(f"{source.path} is not the model that {out} was compiled from: its SHA-256 differs")
+        name = given if isinstance(given, (str, Path)) else "the given model"
+        raise VerificationError(f"{name} is not the model that {out} was compiled from: its SHA-256 differs")
 
 
 def _first_question(
@@ -184,14 +198,20 @@ def _first_question(
         raise VerificationError(f"{out}: its plan rewrites {unknown[0]!r}, which the original has not")
     sets = published_factors(decisions, groups, methods_of([d.method for d in decisions]), published.model)
     if not sets:
-        why = "no weight was rewritten" if sets is not None else "the published graph holds its factors in another form"
+        why = (
+            "no weight was rewritten"
+            if sets is not None
+            else "the published graph holds its factors in another form"
+        )
         return f"the rewrite was not asked again: {why}", noise_of(child, target, original, None, drawn)
     matrix = ModelWeights(shop.cache, source.opset).matrix
     shaken = save_lowered(jittered(source.model, sets, matrix, seed), source, shop.scratch / "jittered")
     noise = noise_of(child, target, original, shaken, drawn)
     oracle = save_lowered(reconstructed(source.model, sets), source, shop.scratch / "oracle")
     if wrong := check_rewrite(child, target, oracle, out / "model.onnx", noise, drawn):
-        raise VerificationError(f"{out}: the published graph does not compute what its factors say: {'; '.join(wrong)}")
+        raise VerificationError(
+            f"{out}: the published graph does not compute what its factors say: {'; '.join(wrong)}"
+        )
     return f"the published graph computes what its {len(sets)} sets of factors say", noise
 
 
@@ -218,14 +238,16 @@ def bench(
     options.check()
     target = document["target"]
     with workshop(options, child) as shop:
-        source = load(original, allow_hardlinks=options.allow_hardlinks)
-        check_source(source, document, out)
+        source = scripted(load(original, allow_hardlinks=options.allow_hardlinks), options.gs_script)
+        check_source(source, original, document, out)
         shop.child.deadline = time_limit(options.timeout, source, 0)
         path = original_of(source, target, shop.child, shop.scratch)
         inputs = inputs_of(source.model)
         if shapes:
             dims = {**options.dims, **dims_of(shapes, inputs)}
-            feeds = list(feeds_for(source.model, path, shop.child, target, seed=options.seed, dims=dims, like=None))
+            feeds = list(
+                feeds_for(source.model, path, shop.child, target, seed=options.seed, dims=dims, like=None)
+            )
         elif options.data is not None:
             feeds = list(open_feeds(options.data, inputs, options.batch))
         else:
@@ -235,5 +257,3 @@ def bench(
             shop.child, target, path, out / "model.onnx", feeds, threads=options.threads, seconds=seconds,
             timeout=options.timeout, progress=progress,
         )  # fmt: skip
-
-

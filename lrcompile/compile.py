@@ -130,8 +130,10 @@ def study(model: str | Path | ir.Model, options: Options, shop: Workshop, progre
     runtime = runtime_of(options.target)
     planned = {d.method for d in options.plan.rewritten} if options.plan else ()  # a plan names its methods
     methods = methods_of((*options.methods, *sorted(planned)))
+    progress("load", 0, 1)
     source = scripted(load(model, allow_hardlinks=options.allow_hardlinks), options.gs_script)
     finding = find(source.model)
+    progress("load", 1, 1)
     inputs = inputs_of(source.model)
     calibration, held_out = calibration_and_held_out(options.data, options.verify_data, inputs, options.batch)
     shop.child.deadline = time_limit(options.timeout, source, len(calibration or ()) + len(held_out or ()))
@@ -209,7 +211,7 @@ def _attempt(chosen: Plan, job: Job, number: int) -> Attempt:
     model = lower(neutral.clone(), job.runtime.lowering(job.options.target)) if neutral is not None else None
     path = save_lowered(model, job.source, job.scratch / f"trial-{number}", job.options.external_data)
     with build(job.child, job.options.target, job.original) as dense, build(job.child, job.options.target, path) as engine:
-        evidence = measure(dense, engine, job.judged_on, job.metric)
+        evidence = measure(dense, engine, job.judged_on.watched("verify", job.progress), job.metric)
     evidence = judge(evidence, job.options.budget.max_error, unchanged=not sets)
     return Attempt(annotate(chosen, sets), sets, neutral, model, path, evidence)
 
@@ -237,8 +239,10 @@ def _prove(best: Attempt, job: Job) -> Evidence:
     child.deadline = time_limit(job.options.timeout, job.source, 8 * len(drawn))
     if best.model is None:
         return best.evidence.with_noise(noise_of(child, target, job.original, None, drawn).relative)
+    job.progress("prove", 0, 2)
     shaken = save_lowered(jittered(job.source.model, best.sets, job.weights.matrix, job.options.seed), job.source, job.scratch / "jittered")
     noise = noise_of(child, target, job.original, shaken, drawn)
+    job.progress("prove", 1, 2)
     oracle = save_lowered(reconstructed(job.source.model, best.sets), job.source, job.scratch / "oracle")
     if wrong := check_rewrite(child, target, oracle, best.path, noise, drawn):
         raise VerificationError(f"the rewritten graph does not compute what its factors say: {'; '.join(wrong)}")
@@ -247,6 +251,7 @@ def _prove(best: Attempt, job: Job) -> Evidence:
 
 def _publish(best: Attempt, evidence: Evidence, job: Job, folder: Path, out: Path) -> Result:
     """Everything into the staged folder; the file that was verified is the file that is published."""
+    job.progress("publish", 0, 1)
     copy_folder(best.path.parent, folder)
     package = Package(
         job.source, job.finding, best.plan, best.sets, best.model, best.neutral if job.options.keep_functions else None, evidence,

@@ -145,9 +145,15 @@ def _sentence(error: ValidationError, path: Path | None) -> str:
     where = f"{path}: {name}" if path is not None else f"--{name.replace('_', '-')}"
     if first["type"] == "extra_forbidden":
         return f"{where}: unknown key; known: {', '.join(Config.model_fields)}"
-    allowed = [e["msg"].removeprefix("Value error, ") for e in error.errors() if e["loc"] and e["loc"][0] == name]
+    allowed = [
+        e["msg"].removeprefix("Value error, ") for e in error.errors() if e["loc"] and e["loc"][0] == name
+    ]
     words = " or ".join(dict.fromkeys(m.removeprefix("Input should be ") for m in allowed))
-    for theirs, ours in (("valid tuple", "list"), ("valid dictionary", "mapping"), (", unable to parse string as an integer", "")):
+    for theirs, ours in (
+        ("valid tuple", "list"),
+        ("valid dictionary", "mapping"),
+        (", unable to parse string as an integer", ""),
+    ):
         words = words.replace(theirs, ours)
     return f"{where} is {first['input']!r}; allowed: {words}"
 

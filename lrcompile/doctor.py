@@ -51,12 +51,21 @@ def doctor(cache: Path | None = None) -> tuple[Check, ...]:
 
 def healthy(checks: tuple[Check, ...]) -> bool:
     """Whether all that is needed is there, and at least one target works."""
-    return all(c.ok for c in checks if c.needed) and any(c.ok for c in checks if c.kind == "target" and c.name != "reference")
+    return all(c.ok for c in checks if c.needed) and any(
+        c.ok for c in checks if c.kind == "target" and c.name != "reference"
+    )
 
 
 def _python() -> Check:
     version = ".".join(map(str, sys.version_info[:3]))
-    return Check("python", "python", sys.version_info >= (3, 11), f"{version} at {sys.executable}", True, "Python 3.11 or newer is needed")
+    return Check(
+        "python",
+        "python",
+        sys.version_info >= (3, 11),
+        f"{version} at {sys.executable}",
+        True,
+        "Python 3.11 or newer is needed",
+    )
 
 
 def _packages() -> Iterator[Check]:
@@ -96,7 +105,11 @@ def _targets() -> Iterator[Check]:
                     yield Check("target", target, False, "not available", remedy=available.reason)
                     continue
                 problem = _problem(child, target, path, expected)
-                detail = f"ran a model of two layers{f' ({versions})' if versions else ''}" if problem is None else problem
+                detail = (
+                    f"ran a model of two layers{f' ({versions})' if versions else ''}"
+                    if problem is None
+                    else problem
+                )
                 yield Check("target", target, problem is None, detail)
 
 
@@ -136,4 +149,6 @@ def _cache(folder: Path) -> Check:
         with tempfile.TemporaryFile(dir=new_folder(folder)):
             return Check("cache", "cache", True, f"{folder} is writable", True)
     except (OSError, LrcompileError) as error:
-        return Check("cache", "cache", False, f"{folder} cannot be written: {error}", True, "name another with --cache")
+        return Check(
+            "cache", "cache", False, f"{folder} cannot be written: {error}", True, "name another with --cache"
+        )

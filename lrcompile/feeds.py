@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ import onnx_ir as ir
 from lrcompile.errors import UsageError
 from lrcompile.graph import dims, tensor_of
 from lrcompile.interfaces import Array
+from lrcompile.progress import Progress
 from lrcompile.store import load_function, read_npz
 
 Feed = Mapping[str, Array]
@@ -53,6 +54,17 @@ class Feeds:
 
     def __len__(self) -> int:
         return self.count
+
+    def watched(self, stage: str, progress: Progress) -> Feeds:
+        """The same feeds; whoever goes through them is seen doing so."""
+
+        def opened() -> Iterator[Feed]:
+            for done, feed in enumerate(self):
+                progress(stage, done, self.count)
+                yield feed
+            progress(stage, self.count, self.count)
+
+        return replace(self, open=opened, start=0)
 
     def split(self) -> tuple[Feeds, Feeds]:
         """The first three quarters, and the last quarter (at least one feed), which is held out."""

@@ -239,7 +239,7 @@ class Builder:
         self._count += 1
         label = f"{self._prefix}/{name or f'{op_type.lower()}_{self._count}'}"
         attrs = [_attr(k, v) for k, v in attributes.items()]
-        output = ir.Value(name=label)
+        output = ir.Value(name=f"{label}_out")  # a factor may bear the label itself
         node = ir.Node("", op_type, list(inputs), attrs, outputs=[output], name=label)
         node.metadata_props.update(self._metadata)
         self.nodes.append(node)

@@ -107,7 +107,10 @@ class Inspection:
         head += [f"rank for {e:g}" for e in ENERGIES] + ["even at"] + [f"error at {s:g}" for s in SHARES]
         lines = columns([head, *(self._row(g, c) for g, c in curves)], left=(0, 1, 4)) if curves else []
         weighed = f"by {self.data}" if self.data else "by nothing: plain, without data"
-        lines += ["", f"Ranks hold that share of the energy, errors are at that share of the parameters; weighed {weighed}."]
+        lines += [
+            "",
+            f"Ranks hold that share of the energy, errors are at that share of the parameters; weighed {weighed}.",
+        ]
         lines += self._not_taken()
         lines.append(
             f"{len(self.sites)} uses of constant weights, {len(self.groups)} groups, "
@@ -149,28 +152,44 @@ def inspection(
         site = group.sites[0]
         groups.append(
             GroupView(
-                group.name, group.kind, site.op, site.weight_shape, tuple(s.name for s in group.sites), group.elements,
-                stored_bytes(group), reasons[0] if all(reasons) else None,
+                group.name,
+                group.kind,
+                site.op,
+                site.weight_shape,
+                tuple(s.name for s in group.sites),
+                group.elements,
+                stored_bytes(group),
+                reasons[0] if all(reasons) else None,
                 next((k.count for k in known if k is not None), None),
                 tuple(_curve(group, m, weights, statistics) for m in methods.values() if m.name != "dense"),
             )  # fmt: skip
         )
         progress("inspect", index + 1, len(finding.groups))
     sites = tuple(
-        SiteView(s.name, s.op, s.weight, s.weight_shape, s.stored, s.elements, s.path, s.refusal) for s in finding.sites
+        SiteView(s.name, s.op, s.weight, s.weight_shape, s.stored, s.elements, s.path, s.refusal)
+        for s in finding.sites
     )
     return Inspection(
-        source.opset, parameters_of(source.model), bytes_of(source.model), data, sites, tuple(groups), source.notes
+        source.opset,
+        parameters_of(source.model),
+        bytes_of(source.model),
+        data,
+        sites,
+        tuple(groups),
+        source.notes,
     )
 
 
-def _curve(group: Group, method: Factorization, weights: Weights, statistics: StatisticsSource | None) -> Curve:
+def _curve(
+    group: Group, method: Factorization, weights: Weights, statistics: StatisticsSource | None
+) -> Curve:
     if (refusal := method.serves(group)) is not None:
         return Curve(method.name, refusal.reason)
     if method.needs_data and not any(statistics and statistics.of(s) for s in group.sites):
         return Curve(method.name, f"{method.name} needs calibration data at this input")
     found = sorted(
-        method.candidates(group, weights, statistics, CandidateOptions()), key=lambda c: (c.cost.parameters, c.error)
+        method.candidates(group, weights, statistics, CandidateOptions()),
+        key=lambda c: (c.cost.parameters, c.error),
     )
     if not found:
         return Curve(method.name, f"{method.name} has no form for this weight")
@@ -190,11 +209,15 @@ def _first(candidates: Sequence[Candidate], energy: float) -> Candidate | None:
 
 def _best(candidates: Sequence[Candidate], parameters: float) -> Candidate | None:
     """The most accurate within so many parameters."""
-    return min((c for c in candidates if c.cost.parameters <= parameters), key=lambda c: c.error, default=None)
+    return min(
+        (c for c in candidates if c.cost.parameters <= parameters), key=lambda c: c.error, default=None
+    )
 
 
 def _point(candidate: Candidate | None, group: Group) -> Point | None:
     if candidate is None:
         return None
     cost = candidate.cost
-    return Point(candidate.rank, cost.parameters, cost.parameters / max(group.elements, 1), cost.flops, candidate.error)
+    return Point(
+        candidate.rank, cost.parameters, cost.parameters / max(group.elements, 1), cost.flops, candidate.error
+    )

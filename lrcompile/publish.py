@@ -20,6 +20,7 @@ from lrcompile.factors import FactorSet
 from lrcompile.feeds import Feed
 from lrcompile.graph import shapes_of
 from lrcompile.interfaces import Array
+from lrcompile.lean import without_torch
 from lrcompile.options import Options
 from lrcompile.records import Evidence, Finding, Plan, Result, SiteReport, Source, Totals
 from lrcompile.store import MANIFEST, copy_file, fingerprints, new_folder, save_model, write_json, write_text
@@ -78,10 +79,12 @@ def publish(
     the manifest and notes.
     """
     feeds = small_enough(drawn)
-    write_text(folder / "inputs.json", to_json([dict(f) for f in feeds]))
-    results = RunResults()
-    results.add([dict(run(f)) for f in feeds], runtime=0.0, runner_name="lrcompile")
-    write_text(folder / "outputs.json", results.to_json())
+    outputs = [dict(run(f)) for f in feeds]
+    with without_torch():
+        results = RunResults()
+        results.add(outputs, runtime=0.0, runner_name="lrcompile")
+        write_text(folder / "inputs.json", to_json([dict(f) for f in feeds]))
+        write_text(folder / "outputs.json", results.to_json())
     if package.neutral is not None:
         save_model(package.neutral, folder, name="neutral.onnx", external=package.options.external_data)
     write_text(folder / "config.yaml", yaml.safe_dump(configuration(package.options), sort_keys=False, allow_unicode=True))

@@ -13,7 +13,9 @@ from lrcompile.child import Child, RemoteEngine
 from lrcompile.errors import BuildError, VerificationError
 from lrcompile.factors import FactorSet
 from lrcompile.feeds import Feed, inputs_of
+from lrcompile.graph import dims
 from lrcompile.interfaces import Array, BuildOptions, Factorization, Factors
+from lrcompile.lean import without_torch
 from lrcompile.records import Decision, Group, Site
 from lrcompile.verify import differences, noise_of
 from lrcompile.weights import storage_of
@@ -49,13 +51,16 @@ def stored_outputs(out: Path) -> list[Mapping[str, Array]]:
     """The one runner's results in ``outputs.json``."""
     runs = list(_read(out / "outputs.json").items())
     if len(runs) != 1:
-        raise VerificationError(f"{out} is damaged: outputs.json holds the outputs of {len(runs)} runners, not of one")
+        raise VerificationError(
+            f"{out} is damaged: outputs.json holds the outputs of {len(runs)} runners, not of one"
+        )
     return [{name: iteration[name] for name in iteration} for iteration in runs[0][1]]
 
 
 def _read(path: Path) -> Any:
     try:
-        return load_json(str(path))
+        with without_torch():
+            return load_json(str(path))
     except Exception as error:  # Polygraphy's own, and whatever decoding raises
         raise VerificationError(f"{path.parent} is damaged: {path.name} cannot be read: {error}") from error
 
@@ -67,22 +72,30 @@ def check_stored(out: Path, model: ir.Model, target: str, child: Child) -> int:
     """
     feeds, outputs = stored_feeds(out), stored_outputs(out)
     if len(feeds) != len(outputs):
-        raise VerificationError(f"{out} is damaged: inputs.json holds {len(feeds)} feeds and outputs.json {len(outputs)}")
+        raise VerificationError(
+            f"{out} is damaged: inputs.json holds {len(feeds)} feeds and outputs.json {len(outputs)}"
+        )
     wanted = {i.name for i in inputs_of(model)}
     for feed in feeds:
         if set(feed) != wanted:
-            raise VerificationError(f"{out} is damaged: inputs.json feeds {sorted(feed)}, model.onnx reads {sorted(wanted)}")
+            raise VerificationError(
+                f"{out} is damaged: inputs.json feeds {sorted(feed)}, model.onnx reads {sorted(wanted)}"
+            )
     names = {v.name for v in model.graph.outputs}
     for row in outputs:
         if set(row) != names:
-            raise VerificationError(f"{out} is damaged: outputs.json holds {sorted(row)}, model.onnx gives {sorted(map(str, names))}")
+            raise VerificationError(
+                f"{out} is damaged: outputs.json holds {sorted(row)}, model.onnx gives {sorted(map(str, names))}"
+            )
     path = out / "model.onnx"
     engine, target = _engine(path, target, child)
     with engine:
         noise = noise_of(child, target, path, None, feeds)
         wrong = differences(Stored(outputs), engine, noise, feeds, "outputs.json")
     if wrong:
-        raise VerificationError(f"{out}: model.onnx does not compute what outputs.json holds: {'; '.join(wrong)}")
+        raise VerificationError(
+            f"{out}: model.onnx does not compute what outputs.json holds: {'; '.join(wrong)}"
+        )
     return len(feeds)
 
 
@@ -97,7 +110,10 @@ def _engine(path: Path, target: str, child: Child) -> tuple[RemoteEngine, str]:
 
 
 def published_factors(
-    decisions: Sequence[Decision], groups: Mapping[str, Group], methods: Mapping[str, Factorization], published: ir.Model
+    decisions: Sequence[Decision],
+    groups: Mapping[str, Group],
+    methods: Mapping[str, Factorization],
+    published: ir.Model,
 ) -> tuple[FactorSet, ...] | None:
     """The factors of every decision as the published graph holds them; None when it holds one in another form."""
     constants = published.graph.initializers
@@ -110,7 +126,7 @@ def published_factors(
         if not factors:
             return None
         biases = _bias(group.sites[0], constants)
-        shapes = {n: tuple(int(d) for d in t.shape) for n, t in factors.items()}
+        shapes = {n: dims(t) for n, t in factors.items()}
         method = methods[decision.method]
         sets.append(
             FactorSet(

@@ -23,16 +23,16 @@ def rewrite(model: ir.Model, sets: Sequence[FactorSet]) -> ir.Model:
     copy, twins = _copy(model)
     names = Names(copy)
     for factors in sets:
-        prefix = names.node(f"{factors.group.name}/{factors.decision.method}")
+        prefixes = [names.node(f"{site.name}/{factors.decision.method}") for site in factors.group.sites]
         values = {
-            name: _initializer(copy, names.value(f"{prefix}/{name}"), factors.storage, shape, _loader(factors, name))
+            name: _initializer(copy, names.value(f"{prefixes[0]}/{name}"), factors.storage, shape, _loader(factors, name))
             for name, shape in factors.shapes.items()
             if not name.startswith("bias")
         }
         edits = factors.method.edits(factors.group, factors.load())
-        for site, transposed in zip(factors.group.sites, factors.group.transposed, strict=True):
+        for site, transposed, prefix in zip(factors.group.sites, factors.group.transposed, prefixes, strict=True):
             _edit_bias(copy, site, twins, edits, names)
-            _call(copy, site, twins[site.node], transposed, factors, values, names)
+            _call(copy, site, twins[site.node], transposed, factors, values, prefix)
     return copy
 
 
@@ -105,11 +105,10 @@ def _initializer(model: ir.Model, name: str, dtype: ir.DataType, shape: tuple[in
 
 
 def _call(
-    model: ir.Model, site: Site, node: ir.Node, transposed: bool, factors: FactorSet, values: Mapping[str, ir.Value], names: Names
+    model: ir.Model, site: Site, node: ir.Node, transposed: bool, factors: FactorSet, values: Mapping[str, ir.Value], prefix: str
 ) -> None:
-    """Put a call of a new function in the place of a site's node."""
+    """Put a call of a new function, named prefix, in the place of a site's node."""
     assert site.wiring is not None and node.graph is not None
-    prefix = names.node(f"{site.name}/{factors.decision.method}")
     metadata = {"lrcompile.method": factors.decision.method, "lrcompile.weight": site.weight, "lrcompile.group": factors.group.name}
     op = Builder(prefix, metadata)
     data = ir.Value(name=f"{prefix}/x")

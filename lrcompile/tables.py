@@ -14,7 +14,10 @@ def columns(rows: Sequence[Sequence[str]], left: Iterable[int] = (0,)) -> list[s
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
 
     def line(row: Sequence[str]) -> str:
-        cells = (t.ljust(w) if i in starts else t.rjust(w) for i, (t, w) in enumerate(zip(row, widths, strict=True)))
+        cells = (
+            t.ljust(w) if i in starts else t.rjust(w)
+            for i, (t, w) in enumerate(zip(row, widths, strict=True))
+        )
         return "  ".join(cells).rstrip()
 
     return [line(row) for row in rows]
@@ -41,7 +44,13 @@ def plan_table(plan: Plan, why: bool = False) -> str:
 
 
 def _row(d: Decision) -> list[str]:
-    error = "" if d.claimed_error is None else f"{d.claimed_error:.3f}" if d.claimed_error >= 5e-4 else f"{d.claimed_error:.0e}"
+    error = (
+        ""
+        if d.claimed_error is None
+        else f"{d.claimed_error:.3f}"
+        if d.claimed_error >= 5e-4
+        else f"{d.claimed_error:.0e}"
+    )
     rank = "" if d.rank is None else str(d.rank)
     kept = f"{d.parameters_after / d.parameters_before:.3f}" if d.parameters_before else ""
     return [d.group, d.method, rank, f"{d.parameters_before:,}", kept, error, d.reason]
@@ -49,12 +58,24 @@ def _row(d: Decision) -> list[str]:
 
 def figures(evidence: Evidence) -> list[str]:
     """How far each output moved, beside how far the original moves by itself."""
-    optional = [name for name in ("kl", "top1") if any(getattr(o, name) is not None for _, o in evidence.outputs)]
+    optional = [
+        name for name in ("kl", "top1") if any(getattr(o, name) is not None for _, o in evidence.outputs)
+    ]
     rows = [["output", "cosine", "relative L2", "noise floor", "SNR dB", "max abs", *optional]]
     for name, o in evidence.outputs:
         snr = "inf" if o.snr_db is None else f"{o.snr_db:.1f}"
         extra = ["" if (v := getattr(o, n)) is None else f"{v:.4f}" for n in optional]
-        rows.append([name, f"{o.cosine:.5f}", f"{o.relative_l2:.2e}", f"{o.noise_floor:.0e}", snr, f"{o.max_abs:.2e}", *extra])
+        rows.append(
+            [
+                name,
+                f"{o.cosine:.5f}",
+                f"{o.relative_l2:.2e}",
+                f"{o.noise_floor:.0e}",
+                snr,
+                f"{o.max_abs:.2e}",
+                *extra,
+            ]
+        )
     lines = columns(rows)
     if evidence.metric is not None:
         before, after = evidence.metric

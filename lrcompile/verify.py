@@ -27,6 +27,7 @@ from lrcompile.errors import LrcompileError, UsageError, VerificationError
 from lrcompile.feeds import Feed, Feeds
 from lrcompile.figures import Movement
 from lrcompile.interfaces import Array, BuildOptions, Engine
+from lrcompile.lean import without_torch
 from lrcompile.records import Evidence, Limit, OutputEvidence
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def compare(first: Engine, second: Engine, feeds: Iterable[Feed]) -> Strict:
     like = next(stream_of_feeds, None)
     if like is not None:
         runners = [EngineRunner(first, like, "original"), EngineRunner(second, like, "compiled")]
-        with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+        with without_torch(), G_LOGGER.verbosity(G_LOGGER.CRITICAL):
             # not Comparator.compare_accuracy: it prints statistics of every output, and takes minutes over logits to make them
             for results in Comparator.run(runners, data_loader=itertools.chain([like], stream_of_feeds), streaming=True):
                 policy.add(results[0][1][0], results[1][1][0])

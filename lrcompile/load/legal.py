@@ -20,6 +20,9 @@ OPSETS, IR_VERSIONS = range(7, 27), range(3, 14)
 # Domains that onnx does not know and runtimes do.
 RUNTIME_DOMAINS = ("com.microsoft", "com.ms.", "org.pytorch.aten", "ai.onnx.contrib")
 
+# What ONNX Runtime keeps in the default domain although onnx has never heard of it (its own exporters write it).
+RUNTIME_OPERATORS = frozenset({"SimplifiedLayerNormalization"})
+
 MAX_NODES = 250_000  # functions expanded; about 20 s of checks, and several times what real models have
 MAX_CALLS = 100  # functions in functions: onnx.checker's own limit
 MAX_ELEMENTS = 2**33  # of an input or output whose shape is fixed: it must fit into memory to be tried
@@ -274,7 +277,7 @@ class _Names:
                     f"outputs; it has {len(function.input)} and {len(function.output)}"
                 )
             return
-        if (domain, node.op_type) in self._known:
+        if (domain, node.op_type) in self._known or (domain == "" and node.op_type in RUNTIME_OPERATORS):
             return
         if domain in _onnx_domains():
             version = self._opsets.get(domain)
@@ -344,6 +347,11 @@ def _satisfy(model: ModelProto) -> None:
             del tensor.dims[:]
             tensor.dims.append(0)
     for body, _ in every_graph(model):
+        for node in body.node:
+            if node.domain == "" and node.op_type in RUNTIME_OPERATORS:
+                node.domain = RUNTIME_DOMAINS[0]
+                if not any(o.domain == node.domain for o in model.opset_import):
+                    model.opset_import.add(domain=node.domain, version=1)
         if isinstance(body, GraphProto):
             body.name = body.name or "graph"
             for info in (*body.input, *body.output, *body.value_info):

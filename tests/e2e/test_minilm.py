@@ -1,0 +1,138 @@
+"""all-MiniLM-L6-v2 the whole way: what is found, identity at full rank, `svd` against `svd-plain`, and the published folder.
+
+The recipe writes to `build/models/minilm`, which is used again when it is there.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import lrcompile
+
+ROOT = Path(__file__).resolve().parents[2]
+
+pytest.importorskip("torch")
+ort = pytest.importorskip("onnxruntime")
+
+TABLE = "embeddings.word_embeddings"
+MATMULS = r"encoder\.layer\..*/MatMul"
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The folder with model.onnx, calib.npz, heldout.npz and heldout_other.npz."""
+    folder = ROOT / "build" / "models" / "minilm"
+    if not (folder / "heldout_other.npz").is_file():
+        command = [sys.executable, str(ROOT / "models" / "minilm.py"), "-o", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def child() -> Iterator[lrcompile.Child]:
+    with lrcompile.Child() as child:
+        yield child
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("minilm")
+
+
+def embeddings(model: Path, data: Path) -> np.ndarray:
+    """The pooled `sentence_embedding` of every row: rows of like length together, cut to the longest."""
+    session = ort.InferenceSession(model)
+    with np.load(data) as arrays:
+        ids, mask = arrays["input_ids"], arrays["attention_mask"]
+    lengths = mask.sum(1)
+    made = np.empty((len(ids), 384), np.float32)
+    for rows in np.array_split(np.argsort(lengths, kind="stable"), len(ids) // 16):
+        longest = int(lengths[rows].max())
+        feed = {"input_ids": ids[rows, :longest], "attention_mask": mask[rows, :longest]}
+        made[rows] = session.run(["sentence_embedding"], feed)[0]
+    return made
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    """The mean over rows; rows have length 1."""
+    return float(np.mean(np.einsum("ij,ij->i", a.astype(np.float64), b.astype(np.float64))))
+
+
+def small(data: Path, target: Path, rows: int) -> Path:
+    """Some rows of a data file, spread over it."""
+    with np.load(data) as arrays:
+        step = len(arrays["input_ids"]) // rows
+        np.savez(target, **{name: array[::step][:rows] for name, array in arrays.items()})
+    return target
+
+
+def test_what_is_found(minilm: Path) -> None:
+    sites = lrcompile.find(lrcompile.load(minilm / "model.onnx").model).sites
+    assert all(site.refusal is None for site in sites)
+    assert sum(site.op == "MatMul" for site in sites) == 36
+    tables = [site for site in sites if site.op == "Gather"]
+    assert (30522, 384) in [site.weight_shape for site in tables]
+    assert [site.name for site in tables if site.name.startswith(TABLE)] == [f"{TABLE}/Gather"]
+
+
+def test_full_rank_changes_nothing(minilm: Path, work: Path, child: lrcompile.Child) -> None:
+    """On text, every site rewritten, the word table too."""
+    heldout = small(minilm / "heldout.npz", work / "small.npz", 32)
+    options = lrcompile.Options(
+        budget=lrcompile.Budget(rank="full"), verify_data=heldout, cache=work / "cache-full"
+    )
+    result = lrcompile.compile(minilm / "model.onnx", work / "full", options, child=child)
+    assert result.evidence.verdict == "passed"
+    rewritten = [s for s in result.manifest["sites"] if s["method"] != "dense"]
+    assert len(rewritten) == 36 + 3
+    for name, figures in result.evidence.outputs:
+        sys.stdout.write(f"MiniLM --rank full, {name}: relative L2 {figures.relative_l2:.2e}\n")
+        assert figures.relative_l2 < 1e-5
+
+
+@pytest.mark.timeout(900)
+def test_svd_against_svd_plain(minilm: Path, work: Path, child: lrcompile.Child) -> None:
+    """`--keep 0.9` on the 36 MatMul, judged on two texts that were not calibrated on."""
+    model, verify = minilm / "model.onnx", small(minilm / "heldout.npz", work / "few.npz", 32)
+    given = {"svd": minilm / "calib.npz", "svd-plain": None}
+    for method, data in given.items():
+        options = lrcompile.Options(
+            budget=lrcompile.Budget(keep=0.9),
+            methods=(method,),
+            data=data,
+            verify_data=verify,
+            cache=work / "cache-keep",
+        )
+        result = lrcompile.compile(model, work / method, options, child=child)
+        rewritten = {s["name"] for s in result.manifest["sites"] if s["method"] != "dense"}
+        assert len(rewritten) == 36
+        assert all(re.fullmatch(MATMULS, name) for name in rewritten)
+        sites = [s for s in result.manifest["sites"] if s["op"] == "MatMul"]
+        kept = sum(s["parameters_after"] for s in sites) / sum(s["parameters_before"] for s in sites)
+        assert 0.88 < kept <= 0.9
+
+    for text, least in (("heldout", 0.92), ("heldout_other", 0.85)):
+        data = minilm / f"{text}.npz"
+        want = embeddings(model, data)
+        found = {method: cosine(want, embeddings(work / method / "model.onnx", data)) for method in given}
+        sys.stdout.write(f"MiniLM --keep 0.9, {text}: cosine {found}\n")
+        assert found["svd"] >= least
+        assert found["svd"] >= found["svd-plain"] + 0.15
+
+    # What is published needs nothing beside it.
+    out = work / "svd"
+    command = [
+        *(str(Path(sys.executable).with_name("polygraphy")), "run", str(out / "model.onnx"), "--onnxrt"),
+        *("--load-inputs", str(out / "inputs.json"), "--load-outputs", str(out / "outputs.json")),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=work)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert "PASSED" in done.stdout

@@ -1,0 +1,360 @@
+"""The command line on tiny models: what it prints and where, exit codes, what it leaves behind, how quickly it helps."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from typer.testing import CliRunner, Result
+
+import lrcompile
+from lrcompile import cli
+from tests.graphs import node, normal, proto
+
+Run = Callable[..., Result]
+
+ROWS = 64
+COMMANDS = ("export", "inspect", "plan", "compile", "verify", "bench", "doctor")
+
+
+def write_model(folder: Path) -> Path:
+    """y = relu(x A + c) B, A (16, 24), and rows of x that lie near a space of four dimensions."""
+    nodes = [
+        node("MatMul", ["x", "a"], ["h"], name="layer/up"),
+        node("Add", ["h", "c"], ["s"], name="layer/add"),
+        node("Relu", ["s"], ["r"], name="layer/relu"),
+        node("MatMul", ["r", "b"], ["y"], name="layer/down"),
+    ]
+    constants = {"a": normal(16, 24), "b": normal(24, 16), "c": normal(24)}
+    onnx.save(proto(nodes, {"x": ("n", 16)}, ["y"], constants), folder / "model.onnx")
+    x = normal(ROWS, 4) @ normal(4, 16, seed=1) + 0.05 * normal(ROWS, 16, seed=2)
+    np.savez(folder / "data.npz", x=x)
+    return folder / "model.onnx"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with model.onnx, data.npz, a cache, and a published folder out/."""
+    folder = tmp_path_factory.mktemp("cli")
+    write_model(folder)
+    result = invoke(folder, "compile", "model.onnx", "-o", "out", "--data", "data.npz", "--keep", "0.7", "--seed", "3")
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+@pytest.fixture
+def run(home: Path) -> Run:
+    return lambda *words: invoke(home, *words)
+
+
+def invoke(folder: Path, *words: str) -> Result:
+    """The command line, in a folder."""
+    here = Path.cwd()
+    os.chdir(folder)
+    try:
+        return CliRunner().invoke(cli.app, list(words), env={"LRCOMPILE_CACHE": str(folder / "cache"), "COLUMNS": "200"})
+    finally:
+        os.chdir(here)
+
+
+def said(result: Result, code: int = 0) -> Any:
+    """The one document on stdout."""
+    assert result.exit_code == code, result.output
+    return json.loads(result.stdout)
+
+
+def failed(result: Result, code: int) -> str:
+    """The last line of stderr; nothing on stdout, no traceback."""
+    assert result.exit_code == code, result.output
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("error: ")
+    return last
+
+
+# --- help ---------------------------------------------------------------------------------------------------------
+
+
+def test_help_has_a_line_for_each_command(run: Run) -> None:
+    text = run("--help").stdout
+    for command in COMMANDS:
+        (line,) = (part for part in text.splitlines() if part.strip().startswith(command))
+        assert line.rstrip().endswith(".") and "..." not in line
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(run: Run, command: str) -> None:
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert "--json" in result.stdout and "--quiet" in result.stdout
+
+
+def test_every_option_has_a_flag(run: Run) -> None:
+    text = run("compile", "--help").stdout
+    names = {n for n in lrcompile.Options.__dataclass_fields__ if n not in ("budget", "dims")}
+    for name in names | {"keep", "energy", "rank", "max_error", "objective", "dim", "config"}:
+        assert f"--{name.replace('_', '-')}" in text, name
+    assert "eligible" in text  # --keep says what it counts
+
+
+def test_version(run: Run) -> None:
+    assert run("--version").stdout == f"lrcompile {lrcompile.__version__}\n"
+
+
+@pytest.mark.parametrize("words", ["--help", "--version", "compile --help"])
+def test_help_imports_nothing_heavy(words: str) -> None:
+    code = (
+        "import sys, lrcompile.cli\n"
+        "try: lrcompile.cli.main()\n"
+        "finally: print('FOUND', *{'numpy', 'onnx', 'onnx_ir', 'pydantic', 'rich', 'yaml'} & set(sys.modules))"
+    )
+    typers = " pydantic" if words.startswith("compile") else ""  # typer itself looks at typed flags with it
+    done = subprocess.run([sys.executable, "-c", code, *words.split()], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] in ("FOUND", f"FOUND{typers}")
+
+
+def test_help_takes_at_most_twice_as_long_as_typer_and_rich() -> None:
+    def seconds(*words: str) -> float:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL)
+        return time.perf_counter() - start
+
+    pairs = [(seconds("-m", "lrcompile", "--help"), seconds("-c", "import typer, rich")) for _ in range(7)]
+    ours, theirs = (min(column) for column in zip(*pairs, strict=True))
+    assert ours <= 2 * theirs
+
+
+# --- what each command prints -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("data", [(), ("--data", "data.npz")])
+def test_inspect(run: Run, data: tuple[str, ...]) -> None:
+    document = said(run("inspect", "model.onnx", *data, "--json"))
+    assert [s["name"] for s in document["sites"]] == ["layer/up", "layer/down"]
+    (up,) = (g for g in document["groups"] if g["sites"] == ["layer/up"])
+    (curve,) = (c for c in up["curves"] if c["refusal"] is None and c["method"] == ("svd" if data else "svd-plain"))
+    assert curve["break_even"] == 10  # the smallest r with r (16 + 24) >= 16 x 24
+    energies = [curve["at_energy"][e]["rank"] for e in ("0.5", "0.9", "0.99")]
+    assert energies == sorted(energies)
+    if data:
+        assert curve["at_energy"]["0.99"]["rank"] <= 5  # the data is nearly of rank 4
+    assert "layer/up" in run("inspect", "model.onnx", *data).stdout
+
+
+def test_plan(run: Run) -> None:
+    words = ("plan", "model.onnx", "--data", "data.npz", "--keep", "0.7")
+    document = said(run(*words, "--json"))
+    assert {d["method"] for d in document["decisions"]} == {"svd"}
+    assert sum(d["parameters_after"] for d in document["decisions"]) <= 0.7 * 2 * 16 * 24
+    assert "2 of 2 weights rewritten" in run(*words).stdout
+
+
+def test_plan_why_names_every_weight_and_its_reason(run: Run) -> None:
+    words = ("plan", "model.onnx", "--data", "data.npz", "--keep", "0.9", "--exclude", "down")
+    short, long = run(*words).stdout, run(*words, "--why").stdout
+    assert "1 x excluded by name" in short and "layer/down" not in short
+    (line,) = (part for part in long.splitlines() if part.startswith("layer/down"))
+    assert line.endswith("excluded by name")
+
+
+def test_compile(home: Path, run: Run) -> None:
+    words = ("compile", "model.onnx", "-o", "again", "--force", "--data", "data.npz", "--keep", "0.7")
+    text = run(*words).stdout
+    assert "2 of 2 weights rewritten" in text and "noise floor" in text and "passed" in text and "parameters  " in text
+    assert said(run(*words, "--json")) == json.loads((home / "again/lrcompile.json").read_text())
+
+
+def test_verify(run: Run) -> None:
+    assert "2 feeds" not in run("verify", "out").stdout
+    document = said(run("verify", "out", "--json"))
+    assert document["verdict"] == "passed" and document["evidence"] is None
+
+
+def test_verify_with_the_original(run: Run) -> None:
+    document = said(run("verify", "out", "--original", "model.onnx", "--data", "data.npz", "--json"))
+    assert 0.9 < document["evidence"]["outputs"]["y"]["cosine"] < 1
+    assert any("2 sets of factors" in check for check in document["checks"])
+
+
+def test_bench(run: Run) -> None:
+    words = ("bench", "out", "--original", "model.onnx", "--shape", "x:[3,16]", "--seconds", "0.1")
+    document = said(run(*words, "--json"))
+    assert document["shapes"] == ["x:3x16"] and document["rounds"] >= 10
+    assert document["ratio"]["p25"] <= document["ratio"]["median"] <= document["ratio"]["p75"]
+    assert "original / itself" in run(*words).stdout
+
+
+def test_doctor(run: Run) -> None:
+    document = said(run("doctor", "--json"))
+    assert document["healthy"]
+    targets = {c["name"]: c["ok"] for c in document["checks"] if c["kind"] == "target"}
+    assert targets["ort-cpu"] and targets["reference"]
+
+
+def test_quiet_says_nothing_on_stderr(run: Run) -> None:
+    assert run("plan", "model.onnx", "--data", "data.npz", "--max-error", "cosine=0.5", "-q").stderr == ""
+
+
+def test_the_default_budget_is_said_in_one_line(run: Run) -> None:
+    result = run("plan", "model.onnx", "--data", "data.npz", "--json")
+    assert said(result)
+    lines = [line for line in result.stderr.splitlines() if "budget" in line]
+    assert len(lines) == 1 and "--max-error cosine=0.99" in lines[0]
+
+
+# --- plans and configurations -------------------------------------------------------------------------------------
+
+
+def test_an_edited_plan_is_carried_out_twice_alike(home: Path, run: Run) -> None:
+    document = said(run("plan", "model.onnx", "--data", "data.npz", "--keep", "0.7", "--json"))
+    document["decisions"][0]["rank"] = 2
+    (home / "edited.json").write_text(json.dumps(document))
+    for out in ("one", "two"):
+        result = run("compile", "model.onnx", "-o", out, "--data", "data.npz", "--plan", "edited.json")
+        assert result.exit_code == 0, result.output
+    first, second = (sorted((home / out).iterdir()) for out in ("one", "two"))
+    assert [p.name for p in first] == [p.name for p in second]
+    for a, b in zip(first, second, strict=True):
+        assert a.read_bytes() == b.read_bytes(), a.name
+    site = json.loads((home / "one/lrcompile.json").read_text())["sites"][0]
+    assert site["rank"] == 2 and site["parameters_after"] == 2 * (16 + 24)
+    assert site["measured_error"] <= site["claimed_error"] + 1e-6
+    assert said(run("plan", "model.onnx", "--data", "data.npz", "--plan", "one/lrcompile.json", "--json"))["decisions"][0]["rank"] == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"rank": "two"}, "rank"),
+        ({"rank": 17}, "not between 1 and 16"),
+        ({"method": "nothing"}, "nothing"),
+        ({"group": "elsewhere"}, "not in this model"),
+        ({"colour": "red"}, "colour"),
+    ],
+)
+def test_a_plan_that_does_not_fit(home: Path, run: Run, change: dict[str, Any], words: str) -> None:
+    document = json.loads((home / "out/lrcompile.json").read_text())["plan"]
+    document["decisions"][0].update(change)
+    (home / "bad.json").write_text(json.dumps(document))
+    assert words in failed(run("plan", "model.onnx", "--data", "data.npz", "--plan", "bad.json"), 2)
+
+
+def test_the_published_configuration_makes_the_same_folder(home: Path, run: Run) -> None:
+    result = run("compile", "model.onnx", "-o", "out2", "--config", "out/config.yaml", "--data", "data.npz")
+    assert result.exit_code == 0, result.output
+    for name in ("lrcompile.json", "model.onnx", "config.yaml", "inputs.json"):
+        assert (home / "out" / name).read_bytes() == (home / "out2" / name).read_bytes(), name
+
+
+# --- what goes wrong ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("frobnicate", "frobnicate"),
+        ("", "Missing command"),
+        ("compile model.onnx --keep 0.5", "--output"),
+        ("plan model.onnx --keep half", "--keep"),
+        ("plan model.onnx --keep 1.5", "--keep"),
+        ("plan model.onnx --rank some", "full"),
+        ("plan model.onnx --keep 0.5 --rank 3", "give one of them"),
+        ("plan model.onnx --keep 0.5", "--data"),
+        ("plan model.onnx", "--max-error cosine=0.99"),
+        ("plan model.onnx --data none.npz --keep 0.5", "none.npz"),
+        ("plan model.onnx --data data.npz --keep 0.5 --target ort-cpo", "ort-cpu"),
+        ("plan model.onnx --data data.npz --max-error cosinus=1", "cosinus"),
+        ("plan model.onnx --data data.npz --keep 0.5 --include [", "regular expression"),
+        ("plan model.onnx --data data.npz --keep 0.5 --memory lots", "--memory"),
+        ("plan model.onnx --data data.npz --keep 0.5 --dim n", "NAME=NUMBER"),
+        ("compile model.onnx -o out --data data.npz --keep 0.5", "--force"),
+        ("verify nowhere", "nowhere"),
+        ("bench out --original model.onnx --shape z:1x2", "'z'"),
+        ("export nowhere -o x.onnx", "nowhere"),
+    ],
+)
+@pytest.mark.parametrize("json_too", [False, True])
+def test_usage_errors(run: Run, words: str, message: str, json_too: bool) -> None:
+    known = words.split()[:1] and words.split()[0] in COMMANDS
+    assert message in failed(run(*words.split(), *(["--json"] if json_too and known else [])), 2)
+
+
+def test_a_bad_model(home: Path, run: Run) -> None:
+    (home / "bad.onnx").write_bytes(b"nothing")
+    assert "bad.onnx" in failed(run("inspect", "bad.onnx"), 3)
+
+
+def test_a_budget_that_cannot_be_met(run: Run) -> None:
+    assert "--keep 0.01" in failed(run("plan", "model.onnx", "--data", "data.npz", "--keep", "0.01", "--json"), 1)
+
+
+def test_outputs_that_moved_too_far(home: Path, run: Run) -> None:
+    words = ("compile", "model.onnx", "-o", "far", "--data", "data.npz", "--keep", "0.3", "--max-error", "cosine=0.99999")
+    assert "cosine" in failed(run(*words, "--json"), 1)
+    assert not (home / "far").exists()
+
+
+def test_a_damaged_folder(home: Path, run: Run) -> None:
+    shutil.copytree(home / "out", home / "damaged")
+    (home / "damaged/extra").write_text("x")
+    assert "extra" in failed(run("verify", "damaged", "--json"), 1)
+
+
+def test_a_build_that_runs_out_of_time(run: Run) -> None:
+    words = ("compile", "model.onnx", "-o", "late", "--data", "data.npz", "--keep", "0.5", "--timeout", "0.0001")
+    assert "time limit" in failed(run(*words), 4)
+
+
+def test_our_own_bugs(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*words: object, **named: object) -> None:
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr("lrcompile.commands.inspect", broken)
+    result = run("inspect", "model.onnx")
+    assert result.exit_code == 70
+    assert "Traceback" in result.stderr
+    assert "bug of lrcompile" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_compile_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    model = write_model(tmp_path)
+    (tmp_path / "data.py").write_text(
+        "import time, numpy, pathlib\n"
+        "def load_data():\n"
+        "    yield {'x': numpy.ones((2, 16), numpy.float32)}\n"
+        "    pathlib.Path('started').touch()\n"
+        "    time.sleep(60)\n"
+    )
+    before = set(tmp_path.iterdir()) | {tmp_path / "started", tmp_path / "cache"}
+    words = ["compile", str(model), "-o", "out", "--data", "data.py", "--keep", "0.5", "--cache", "cache"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lrcompile", *words],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # whoever runs the tests may ignore it
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+    )
+    for _ in range(600):
+        if (tmp_path / "started").exists():
+            break
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert errors.splitlines()[-1] == "interrupted; nothing is left behind"
+    assert set(tmp_path.iterdir()) <= before
+    assert not list((tmp_path / "cache/scratch").iterdir())
