@@ -1,7 +1,7 @@
 """Bench: the original and the compiled model raced against each other, and the original against itself.
 
-Both engines live in one process and take turns, A B B A, so that what the machine does meanwhile (clock, caches, neighbours)
-meets both alike. A round gives one ratio, time of A over time of B: above 1 the second is faster. Each round also races the
+Both engines live in one process and take turns, A B B A in one round and B A A B in the next, so that what the machine does
+meanwhile (clock, caches, neighbours) meets both alike. A round gives one ratio, time of A over time of B: above 1 the second is faster. Each round also races the
 original against itself in the same way: how far those ratios stray from 1 is the noise of this machine, and a ratio that does
 not leave it says nothing.
 """
@@ -9,6 +9,7 @@ not leave it says nothing.
 from __future__ import annotations
 
 import gc
+import itertools
 import re
 import statistics
 import time
@@ -27,7 +28,10 @@ if TYPE_CHECKING:
 
 _WARM_UP = 3  # runs of each engine on each feed before anything counts
 _SAMPLE = 2e-3  # seconds that a timed sample should last; what runs faster is run several times in it
-_FEWEST, _MOST = 10, 1000  # rounds
+_FEWEST, _MOST = 20, 2000  # rounds
+_PARTS = 10  # of the rounds, for the noise's band
+
+Pair = tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +54,9 @@ class Spread:
 class Race:
     """What `lrcompile.bench` gives back. Times in seconds a run; ratio above 1: the compiled model is faster.
 
-    ratio: original over compiled, by round. noise: the same with the original in both places. same: whether the two can be
-    told apart at all: they cannot when the median ratio lies within the noise's 10th and 90th percentile.
+    ratio: original over compiled, by round. noise: the same with the original in both places. band: the smallest and the largest
+    median of ten consecutive parts of the noise; it narrows when more is measured. same: the median ratio lies in the band, so
+    the two cannot be told apart.
     """
 
     target: str
@@ -62,10 +67,11 @@ class Race:
     compiled: Spread
     ratio: Spread
     noise: Spread
+    band: tuple[float, float]
 
     @property
     def same(self) -> bool:
-        return self.noise.p10 <= self.ratio.median <= self.noise.p90
+        return self.band[0] <= self.ratio.median <= self.band[1]
 
     def to_json(self) -> dict[str, Any]:
         throughput = {"original": 1.0 / self.original.median, "compiled": 1.0 / self.compiled.median}
@@ -81,7 +87,7 @@ class Race:
         r = self.ratio.median
         words = "faster" if r > 1 else "slower"
         verdict = (
-            "the difference lies within the noise of this machine: neither is faster"
+            f"the difference lies within the noise of this machine ({self.band[0]:.3f} to {self.band[1]:.3f}): neither is faster"
             if self.same
             else f"the compiled model is {r if r > 1 else 1 / r:.2f} times {words} than the original"
         )
@@ -116,27 +122,36 @@ def race(
     """
     if not feeds:
         raise UsageError("there is no feed to run the models on: give --shape or --data")
-    options = BuildOptions(
-        target, threads=threads, exact=False
-    )  # the kernels that users get, not the most accurate ones
+    # the kernels that users get, not the most accurate ones
+    options = BuildOptions(target, threads=threads, exact=False)
     with child.build(target, original, options) as a, child.build(target, compiled, options) as b:
         repeats = [_ask(child, "warm_up", a, b, feed, threads=threads, timeout=timeout) for feed in feeds]
-        rounds: list[tuple[float, ...]] = []
+        rounds: list[tuple[Pair, ...]] = []
         end = (start := time.monotonic()) + seconds
         while len(rounds) < _FEWEST or (time.monotonic() < end and len(rounds) < _MOST):
-            at = len(rounds) % len(feeds)
-            rounds.append(
-                _ask(child, "time_round", a, b, feeds[at], repeats[at], threads=threads, timeout=timeout)
-            )
+            at, swapped = len(rounds) % len(feeds), len(rounds) % 2 == 1
+            args = (a, b, feeds[at], repeats[at], swapped)
+            rounds.append(_ask(child, "time_round", *args, threads=threads, timeout=timeout))
             share = max(len(rounds) / _MOST, (time.monotonic() - start) / max(seconds, 1e-9))
             progress("bench", min(round(100 * share), 100), 100)
-    ratios = [(a1 + a2) / (b1 + b2) for a1, b1, b2, a2, *_ in rounds]
-    noise = [(a3 + a6) / (a4 + a5) for *_, a3, a4, a5, a6 in rounds]
+    noise = [sum(r[2]) / sum(r[3]) for r in rounds]
     return Race(
-        target, threads, shapes_of(feeds), len(rounds),
-        Spread.of([t for r in rounds for t in (r[0], r[3])]), Spread.of([t for r in rounds for t in (r[1], r[2])]),
-        Spread.of(ratios), Spread.of(noise),
-    )  # fmt: skip
+        target,
+        threads,
+        shapes_of(feeds),
+        len(rounds),
+        original=Spread.of([t for r in rounds for t in r[0]]),
+        compiled=Spread.of([t for r in rounds for t in r[1]]),
+        ratio=Spread.of([sum(r[0]) / sum(r[1]) for r in rounds]),
+        noise=Spread.of(noise),
+        band=_band(noise),
+    )
+
+
+def _band(noise: Sequence[float]) -> tuple[float, float]:
+    bounds = [len(noise) * part // _PARTS for part in range(_PARTS + 1)]
+    medians = [statistics.median(noise[a:b]) for a, b in itertools.pairwise(bounds)]
+    return min(medians), max(medians)
 
 
 def _ask(child: Child, function: str, *args: object, threads: int, timeout: float | None) -> Any:
@@ -152,17 +167,23 @@ def warm_up(first: Engine, second: Engine, feed: Feed) -> int:
     return max(1, round(_SAMPLE / max(quickest, 1e-7)))
 
 
-def time_round(first: Engine, second: Engine, feed: Feed, repeats: int) -> tuple[float, ...]:
-    """Seconds a run, eight of them: A B B A, then the same with the first in both places."""
+def time_round(first: Engine, second: Engine, feed: Feed, repeats: int, swapped: bool) -> tuple[Pair, ...]:
+    """Seconds a run of A, B, and of A and A again in the same places, two samples each: A B B A, or B A A B when swapped."""
     was = gc.isenabled()
     gc.disable()
     try:
-        first.run(feed)  # what travelled here with the feed pushed the weights out of the caches
-        order = (first, second, second, first, first, first, first, first)
-        return tuple(_time(engine, feed, repeats) for engine in order)
+        return (*_race(first, second, feed, repeats, swapped), *_race(first, first, feed, repeats, swapped))
     finally:
         if was:
             gc.enable()
+
+
+def _race(a: Engine, b: Engine, feed: Feed, repeats: int, swapped: bool) -> tuple[Pair, Pair]:
+    outer, inner = (b, a) if swapped else (a, b)
+    outer.run(feed)  # so that of the two samples of each one comes after itself, and one after the other
+    first, second, third, fourth = (_time(engine, feed, repeats) for engine in (outer, inner, inner, outer))
+    outside, inside = (first, fourth), (second, third)
+    return (inside, outside) if swapped else (outside, inside)
 
 
 def _time(engine: Engine, feed: Feed, repeats: int) -> float:

@@ -11,7 +11,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from lrcompile.child import Child, RemoteEngine
-from lrcompile.cost import bytes_of
+from lrcompile.cost import bytes_of, is_large
 from lrcompile.errors import BuildError
 from lrcompile.feeds import STYLES, Feed, Feeds, draw
 from lrcompile.interfaces import BuildOptions
@@ -48,14 +48,16 @@ def original_of(source: Source, target: str, child: Child, scratch: Path) -> Pat
     """A file of the original that the runtime takes: the user's own, or where it will not have that one, a copy.
 
     ONNX Runtime refuses legal files: two nodes of one name, external data behind a link. Raises BuildError in its words.
+    Weights in a large ``.onnx`` itself would be in memory, in each session anew: of these the copy has a file of its own.
     """
-    if source.path != Path():
+    mapped = is_large(source.model)
+    if source.path != Path() and not (mapped and not source.weights):
         try:
             build(child, target, source.path).close()
             return source.path
         except BuildError as error:
             logger.info("%s; trying a copy of it", error)
-    copy = save_model(source.model, new_folder(scratch / "original"))
+    copy = save_model(source.model, new_folder(scratch / "original"), external=mapped or None)
     build(child, target, copy).close()
     return copy
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
+from lrcompile.cost import is_large
 from lrcompile.interfaces import Array, BuildOptions, Engine
 from lrcompile.progress import Progress, silent
 from lrcompile.records import Finding, InputStatistics, Site, Step
@@ -43,20 +45,21 @@ class Tap:
 
 
 class StoredStatistics:
-    """The `interfaces.StatisticsSource` over moments in the cache; holds on to the last site's only."""
+    """The `interfaces.StatisticsSource` over moments in the cache; each thread holds on to its last site's only."""
 
     def __init__(self, taps: Mapping[str, tuple[str, Tap]], load: Callable[[str], Mapping[str, Array]]) -> None:
         self._taps = taps
         self._load = load
-        self._last: tuple[str, InputStatistics] | None = None
+        self._kept = threading.local()
 
     def of(self, site: Site) -> InputStatistics | None:
         if site.name not in self._taps:
             return None
         key, tap = self._taps[site.name]
-        if self._last is None or self._last[0] != key:
-            self._last = (key, _statistics(self._load(key), tap))
-        return self._last[1]
+        last: tuple[str, InputStatistics] | None = getattr(self._kept, "last", None)
+        if last is None or last[0] != key:
+            self._kept.last = last = (key, _statistics(self._load(key), tap))
+        return last[1]
 
     def key(self, site: Site) -> str:
         return self._taps[site.name][0] if site.name in self._taps else ""
@@ -81,7 +84,7 @@ def calibrate(
             engine = None
             watched = {t.value for t in missing} - {v.name for v in model.graph.inputs}
             if watched:
-                path = save_model(_cut_to(model, watched), new_folder(scratch / "taps"))
+                path = save_model(_cut_to(model, watched), new_folder(scratch / "taps"), external=is_large(model) or None)
                 engine = child.build(target, path, BuildOptions(target=target))
             for done, feed in enumerate(feeds):
                 child.call("lrcompile.calibrate:accumulate", engine, feed, tuple(missing), str(scratch))

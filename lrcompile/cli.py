@@ -98,11 +98,15 @@ def _screen(flags: Mapping[str, Any]) -> Iterator[Screen]:
         yield made
 
 
-def _options(flags: Mapping[str, Any], file: Path | None = None) -> Options:
+def _said(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags that are options."""
+    return {name: value for name, value in flags.items() if name not in _SHOWN | {"config"}}
+
+
+def _options(flags: Mapping[str, Any]) -> Options:
     from lrcompile.config import options_from
 
-    said = {name: value for name, value in flags.items() if name not in _SHOWN | {"config"}}
-    return options_from(said, flags.get("config") or file)
+    return options_from(_said(flags), flags.get("config"))
 
 
 @app.command()
@@ -201,10 +205,11 @@ def verify(
     """Check a folder; with the original, ask everything again."""
     with _screen(flags) as screen:
         from lrcompile.commands import verify as run
+        from lrcompile.config import published_options
 
-        said = {**flags, "max_error": max_error, "metric": metric}
+        said = _said({**flags, "max_error": max_error, "metric": metric})
         try:
-            options = _options(said, out / "config.yaml")
+            options = published_options(out, said)
         except UsageError:  # it is damaged, which verify says, or a flag is wrong, which comes up again
             options = _options(said)
         held = run(out, original=original, options=options, progress=screen)

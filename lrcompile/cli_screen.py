@@ -57,7 +57,7 @@ class Screen:
 
     def show(self, text: object, document: Mapping[str, Any] | list[Any]) -> None:
         """The result: its text, or under --json its document, and nothing else."""
-        self._bars.stop()
+        self.close()
         if self.json:
             shown = json.dumps(_plain(document), indent=2, ensure_ascii=False, allow_nan=False)
             self._out.out(shown, highlight=False)
@@ -65,7 +65,11 @@ class Screen:
             self._out.print(str(text), markup=False, highlight=True, soft_wrap=True)
 
     def close(self) -> None:
-        self._bars.stop()
+        """The bars vanish."""
+        if self._stage is not None:
+            self._bars.stop()
+            self._bars.remove_task(self._stage[1])
+            self._stage = None
 
 
 class _Handler(logging.Handler):
@@ -75,7 +79,7 @@ class _Handler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         name = record.levelname.lower()
-        self._screen.note(self.format(record) if name == "info" else f"{name}: {self.format(record)}")
+        self._screen.note(f"{name}: {self.format(record)}")
 
 
 @contextlib.contextmanager

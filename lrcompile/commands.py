@@ -13,7 +13,7 @@ from lrcompile.bench import Race, dims_of, race
 from lrcompile.build import build, feeds_for, original_of, time_limit
 from lrcompile.child import Child
 from lrcompile.compile import Workshop, first_plan, job_of, load_metric, problem_of, search, study, workshop
-from lrcompile.config import options_from
+from lrcompile.config import published_options
 from lrcompile.errors import ModelError, UsageError, VerificationError
 from lrcompile.feeds import Data, Feeds, inputs_of, open_feeds
 from lrcompile.inspection import Inspection, inspection
@@ -119,7 +119,7 @@ def verify(
     out = Path(out)
     document = check_folder(out)
     checks = [f"{len(document['files'])} files are as lrcompile.json lists them"]
-    options = options or options_from({}, out / "config.yaml")
+    options = options or published_options(out, {})
     with workshop(options, child) as shop:
         published = _load_published(out, options)
         shop.child.deadline = time_limit(options.timeout, published, 8 * len(stored_feeds(out)))

@@ -21,6 +21,7 @@ from threadpoolctl import threadpool_limits
 from lrcompile.build import build, feeds_for, original_of, start, time_limit
 from lrcompile.calibrate import StoredStatistics, calibrate
 from lrcompile.child import Child
+from lrcompile.cost import is_large
 from lrcompile.errors import BuildError, VerificationError
 from lrcompile.factorize import annotate, factorize
 from lrcompile.factors import FactorSet
@@ -240,10 +241,11 @@ def _prove(best: Attempt, job: Job) -> Evidence:
     if best.model is None:
         return best.evidence.with_noise(noise_of(child, target, job.original, None, drawn).relative)
     job.progress("prove", 0, 2)
-    shaken = save_lowered(jittered(job.source.model, best.sets, job.weights.matrix, job.options.seed), job.source, job.scratch / "jittered")
+    mapped = is_large(job.source.model) or None
+    shaken = save_lowered(jittered(job.source.model, best.sets, job.weights.matrix, job.options.seed), job.source, job.scratch / "jittered", mapped)
     noise = noise_of(child, target, job.original, shaken, drawn)
     job.progress("prove", 1, 2)
-    oracle = save_lowered(reconstructed(job.source.model, best.sets), job.source, job.scratch / "oracle")
+    oracle = save_lowered(reconstructed(job.source.model, best.sets), job.source, job.scratch / "oracle", mapped)
     if wrong := check_rewrite(child, target, oracle, best.path, noise, drawn):
         raise VerificationError(f"the rewritten graph does not compute what its factors say: {'; '.join(wrong)}")
     return best.evidence.with_noise(noise.relative)

@@ -100,6 +100,18 @@ def options_from(flags: Mapping[str, Any], file: Path | str | None = None) -> Op
     return options
 
 
+def published_options(out: Path, flags: Mapping[str, Any]) -> Options:
+    """Options that a published folder was made with, as verify needs them; flags go before. Raises UsageError.
+
+    A limit on the user's own metric holds only where that metric is given again: the folder names no files.
+    """
+    said = dict(flags)
+    if said.get("metric") is None and said.get("max_error") is None:
+        limits = _read(out / "config.yaml").get("max_error", ())
+        said["max_error"] = tuple(limit for limit in limits if limit.name != "metric")
+    return options_from(said, out / "config.yaml")
+
+
 def _read(path: Path) -> dict[str, Any]:
     """The checked content of a YAML file, without what is null."""
     try:

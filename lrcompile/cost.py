@@ -21,6 +21,11 @@ def bytes_of(model: ir.Model) -> int:
     return sum(math.ceil(math.prod(dims(t)) * t.dtype.bitwidth / 8) for t in _distinct(model) if t.dtype != ir.DataType.STRING)
 
 
+def is_large(model: ir.Model) -> bool:
+    """Whether copies of ours keep their weights in a file of their own: a runtime maps such a file, others it reads into memory."""
+    return bytes_of(model) > 256 << 20
+
+
 def _distinct(model: ir.Model) -> Sequence[ir.TensorProtocol]:
     return tuple({id(u.tensor): u.tensor for u in tensors(model)}.values())
 

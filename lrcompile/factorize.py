@@ -19,7 +19,7 @@ from lrcompile.factors import FactorSet
 from lrcompile.interfaces import Array, Constant, Factorization, Factors, StatisticsSource, Weights
 from lrcompile.progress import Progress, silent
 from lrcompile.records import Candidate, Cost, Decision, Group, InputStatistics, Plan, Site
-from lrcompile.weights import storage_of
+from lrcompile.weights import side_by_side, storage_of
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +37,15 @@ def factorize(
     progress: Progress = silent,
 ) -> tuple[FactorSet, ...]:
     """Factors of every decision that rewrites. Raises PluginError when a factorization broke its claim."""
+    rewritten = tuple(plan.rewritten)
+
+    def work(decision: Decision) -> FactorSet:
+        return _one(decision, groups[decision.group], methods[decision.method], weights, statistics, seed)
+
     made = []
-    for index, decision in enumerate(plan.rewritten):
-        made.append(_one(decision, groups[decision.group], methods[decision.method], weights, statistics, seed))
-        progress("factorize", index + 1, len(plan.rewritten))
+    for factors in side_by_side(work, rewritten, lambda d: groups[d.group]):
+        made.append(factors)
+        progress("factorize", len(made), len(rewritten))
     return tuple(made)
 
 
@@ -124,7 +129,8 @@ def annotate(plan: Plan, sets: Sequence[FactorSet]) -> Plan:
 
 
 def _stored(array: Array, storage: ir.DataType) -> Array:
-    return np.ascontiguousarray(array.astype(storage.numpy()))
+    with np.errstate(over="ignore"):  # what is too large for the type becomes Inf, which is looked for
+        return np.ascontiguousarray(array.astype(storage.numpy()))
 
 
 def _tag(name: str, array: Array) -> str:

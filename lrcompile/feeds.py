@@ -136,6 +136,8 @@ def _source(data: Data, inputs: Sequence[Input], batch: int) -> tuple[Callable[[
 
 def _cut(arrays: Mapping[str, Array], inputs: Sequence[Input], batch: int, path: Path) -> Iterator[Feed]:
     """Cut stacked arrays into feeds of `batch` rows; arrays with one axis more than their input hold a feed an entry."""
+    if not arrays:
+        raise UsageError(f"{path} holds no array")
     ranks = {i.name: len(i.shape) for i in inputs if i.shape is not None}
     stacked = [n for n, a in arrays.items() if n in ranks and a.ndim == ranks[n] + 1]
     if stacked and len(stacked) == len(arrays):
@@ -155,7 +157,7 @@ def _cut(arrays: Mapping[str, Array], inputs: Sequence[Input], batch: int, path:
         raise UsageError(f"{path}: its arrays differ along axis 0: {sorted(lengths)}")
     rows = lengths.pop()
     fixed = {i.shape[0] for i in inputs if i.shape and isinstance(i.shape[0], int)}
-    step = fixed.pop() if len(fixed) == 1 else batch
+    step = min(fixed) if len(fixed) == 1 else batch
     if step == 0 or rows == 0:
         yield arrays
         return

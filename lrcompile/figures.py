@@ -59,7 +59,8 @@ class Movement:
         flat_a, flat_b = a.reshape(-1, width) if a.size else a.reshape(0, 1), b.reshape(-1, width) if b.size else b.reshape(0, 1)
         step = max(1, _ROWS // max(width, 1))
         for i in range(0, len(flat_a), step):
-            self._block(flat_a[i : i + step].astype(np.float64), flat_b[i : i + step].astype(np.float64))
+            with np.errstate(over="ignore", invalid="ignore"):  # sums beyond float64 are Inf or NaN, which no limit lets pass
+                self._block(flat_a[i : i + step].astype(np.float64), flat_b[i : i + step].astype(np.float64))
 
     def _block(self, a: Array, b: Array) -> None:
         finite = np.isfinite(a)

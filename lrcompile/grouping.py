@@ -61,10 +61,10 @@ def _keeper(sites: Sequence[Site]) -> str:
         if value is None or value in values:
             continue
         values.add(value)
-        if (node := value.producer()) is not None:
-            if node.op_type != "Mul":  # of a product we do not know which side the weight is
-                ours.update((node, i) for i in range(len(node.inputs)))
-                pending.append(node.inputs[0] if node.inputs else None)
+        node = value.producer()
+        if node is not None and node.op_type != "Mul":  # of a product we do not know which side the weight is
+            ours.update((node, i) for i in range(len(node.inputs)))
+            pending.append(node.inputs[0] if node.inputs else None)
     uses = sorted((u.node.name or u.node.op_type) for v in values for u in v.uses() if (u.node, u.idx) not in ours)
     return uses[0] if uses else ""
 

@@ -152,17 +152,19 @@ def inspection(
         site = group.sites[0]
         groups.append(
             GroupView(
-                group.name,
-                group.kind,
-                site.op,
-                site.weight_shape,
-                tuple(s.name for s in group.sites),
-                group.elements,
-                stored_bytes(group),
-                reasons[0] if all(reasons) else None,
-                next((k.count for k in known if k is not None), None),
-                tuple(_curve(group, m, weights, statistics) for m in methods.values() if m.name != "dense"),
-            )  # fmt: skip
+                name=group.name,
+                kind=group.kind,
+                op=site.op,
+                shape=site.weight_shape,
+                sites=tuple(s.name for s in group.sites),
+                parameters=group.elements,
+                bytes=stored_bytes(group),
+                reason=reasons[0] if all(reasons) else None,
+                rows=next((k.count for k in known if k is not None), None),
+                curves=tuple(
+                    _curve(group, m, weights, statistics) for m in methods.values() if m.name != "dense"
+                ),
+            )
         )
         progress("inspect", index + 1, len(finding.groups))
     sites = tuple(
@@ -170,13 +172,13 @@ def inspection(
         for s in finding.sites
     )
     return Inspection(
-        source.opset,
-        parameters_of(source.model),
-        bytes_of(source.model),
-        data,
-        sites,
-        tuple(groups),
-        source.notes,
+        opset=source.opset,
+        parameters=parameters_of(source.model),
+        bytes=bytes_of(source.model),
+        data=data,
+        sites=sites,
+        groups=tuple(groups),
+        notes=source.notes,
     )
 
 

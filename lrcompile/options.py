@@ -76,7 +76,7 @@ class Options:
                 "or --keep, --energy, --rank, --max-error or --plan"
             )
         if not given:
-            logger.info("no budget is given: --max-error %s", DEFAULT_LIMIT)
+            logger.warning("no budget is given: --max-error %s", DEFAULT_LIMIT)
         options = self if given else replace(self, budget=replace(self.budget, max_error=(DEFAULT_LIMIT,)))
         if self.data is None and "auto" in self.methods and options._changes_weights:
             raise UsageError(

@@ -15,6 +15,7 @@ from lrcompile.errors import BudgetError, UsageError
 from lrcompile.interfaces import CandidateOptions, Factorization, StatisticsSource, Weights
 from lrcompile.progress import Progress, silent
 from lrcompile.records import Budget, Candidate, Decision, Evidence, Finding, Group, Plan, Refusal, Site
+from lrcompile.weights import side_by_side
 
 # Kernels like ranks in eights; matrices this small are fitted exactly.
 _MULTIPLE, _SMALL = 8, 128
@@ -85,19 +86,21 @@ def prepare(
     total = fixed = 0
     counted: set[str] = set()
     units = finding.units
-    for index, group in enumerate(units):
+
+    def work(group: Group) -> Curve | str:
         reasons = [eligible(s, group.kind == "tied", budget, include, exclude) for s in group.sites]
         # a weight with several readers is taken when any reader is wanted and none is excluded
         barred = next((r for r in reasons if r == "excluded by name"), None) or (reasons[0] if all(reasons) else None)
-        if barred is not None:
-            curves.append(Curve(group, (), barred))
-        else:
-            curve = _curve(group, weights, statistics, methods, budget, target, supports)
-            curves.append(curve)
+        return barred or _curve(group, weights, statistics, methods, budget, target, supports)
+
+    for group, made in zip(units, side_by_side(work, units, lambda group: group), strict=True):
+        curve = Curve(group, (), made) if isinstance(made, str) else made
+        curves.append(curve)
+        if not isinstance(made, str):
             elements = _count(group.sites, counted)
             total += elements
             fixed += 0 if curve.candidates else elements
-        progress("plan", index + 1, len(units))
+        progress("plan", len(curves), len(units))
     tied = {s.weight for g in units if g.kind == "tied" for s in g.sites}
     refused = [s for s in finding.sites if s.refusal is not None]
     elements = _count([s for s in refused if eligible(s, s.weight in tied, budget, include, exclude) is None], counted)

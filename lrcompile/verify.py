@@ -227,7 +227,9 @@ def parse_limits(text: str) -> tuple[Limit, ...]:
         try:
             number = float(value.removesuffix("x"))
         except ValueError:
-            raise UsageError(f"--max-error {term!r}: write NAME=NUMBER, NAME one of {', '.join(_NAMES)}") from None
+            number = math.nan
+        if not math.isfinite(number):
+            raise UsageError(f"--max-error {term!r}: write NAME=NUMBER, NAME one of {', '.join(_NAMES)}")
         if name not in _NAMES:
             raise UsageError(f"--max-error does not know {name!r}; it knows {', '.join(_NAMES)}")
         if relative and name != "metric":

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -12,28 +16,37 @@ from onnx.reference import ReferenceEvaluator
 
 from lrcompile.graph import FLOATS, dims, tensor_of
 from lrcompile.interfaces import Array, Factors
-from lrcompile.records import Site
+from lrcompile.records import Group, Site
 
 if TYPE_CHECKING:
     from lrcompile.store import Cache
 
+T = TypeVar("T")
+S = TypeVar("S")
+
+_WORKERS = 2  # of one BLAS thread each: faster than one of two, and twice the memory
+_SMALL = 8 << 20  # elements of a matrix (64 MB in float64) of which two may be in memory at once
+
 
 class ModelWeights:
-    """The `interfaces.Weights` of one model. Holds on to the last matrix only; hashes are kept."""
+    """The `interfaces.Weights` of one model. Each thread holds on to its last matrix only; hashes are kept."""
 
     def __init__(self, cache: Cache, opset: int) -> None:
         self._cache = cache
         self._opset = opset
         self._hashes: dict[int, str] = {}
-        self._last: tuple[str, Array] | None = None
+        self._kept = threading.local()
+        self._writing = threading.Lock()
 
     def matrix(self, site: Site) -> Array:
-        if self._last is None or self._last[0] != site.name:
+        last: tuple[str, Array] | None = getattr(self._kept, "last", None)
+        if last is None or last[0] != site.name:
+            self._kept.last = last = None  # gone before the next one is made
             stored = evaluate(site.root, self._opset)
-            matrix = np.ascontiguousarray(site.layout.apply(stored).astype(np.float64))
+            matrix = np.ascontiguousarray(site.layout.apply(stored), dtype=np.float64).view()  # perhaps of the mapped file
             matrix.flags.writeable = False
-            self._last = (site.name, matrix)
-        return self._last[1]
+            self._kept.last = last = (site.name, matrix)
+        return last[1]
 
     def bias(self, site: Site) -> Array | None:
         """b with output = scale (x W + b), whatever factors the node has before its addend."""
@@ -45,7 +58,11 @@ class ModelWeights:
         return b * (site.bias.scale / site.wiring.scale) if site.wiring.scale else None
 
     def remember(self, key: tuple[str, ...], compute: Callable[[], Factors]) -> Factors:
-        return self._cache.remember(key, compute)
+        if self._cache.has(key):
+            return self._cache.remember(key, compute)
+        arrays = compute()
+        with self._writing:  # a new scratch folder must not look like an abandoned one to another thread
+            return self._cache.remember(key, lambda: arrays)
 
     def key(self, site: Site) -> str:
         digest = hashlib.sha256(repr((self._identity(site.root), site.layout)).encode())
@@ -66,6 +83,26 @@ class ModelWeights:
             return None
         attributes = tuple(sorted((a.name, str(a.value)) for a in node.attributes.values()))
         return (node.op_type, attributes, tuple(self._identity(v) for v in node.inputs))
+
+
+def side_by_side(work: Callable[[T], S], items: Iterable[T], group_of: Callable[[T], Group]) -> Iterator[S]:
+    """What work makes of each item, in order: two at a time, each in a thread of its own, where the group's matrices are small.
+
+    A large one is alone in memory. What comes out does not depend on it: an item's arrays are made by one thread.
+    """
+    with ThreadPoolExecutor(min(_WORKERS, os.cpu_count() or 1)) as pool:
+        ahead: deque[Future[S]] = deque()
+        for item in items:
+            if sum(s.K * s.N for s in group_of(item).sites) > _SMALL:
+                while ahead:
+                    yield ahead.popleft().result()
+                yield pool.submit(work, item).result()
+            else:
+                ahead.append(pool.submit(work, item))
+                if len(ahead) > _WORKERS:
+                    yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
 
 
 def storage_of(site: Site) -> ir.DataType:

@@ -72,6 +72,23 @@ def run(made: ir.Model | onnx.ModelProto, feeds: Mapping[str, Array]) -> dict[st
     return dict(zip(names, ReferenceEvaluator(made).run(None, dict(feeds)), strict=True))
 
 
+class Forgetful:
+    """A cache that keeps nothing: every test computes."""
+
+    def has(self, key: tuple[str, ...]) -> bool:
+        return False
+
+    def remember(self, key: tuple[str, ...], compute: Callable[[], Mapping[str, Array]]) -> Mapping[str, Array]:
+        return compute()
+
+
+def weights() -> Any:
+    """Weights of one model know their sites by name: each test's model gets its own."""
+    from lrcompile.weights import ModelWeights
+
+    return ModelWeights(Forgetful(), 18)  # type: ignore[arg-type]
+
+
 class OneProcess:
     """Stands for a `Child` in tests that need no second process: engines run here, and every call is written down."""
 
@@ -83,7 +100,9 @@ class OneProcess:
         from lrcompile.registry import runtime_of
 
         self.calls.append(f"build {path.name}")
-        return runtime_of(target).build(path, options)
+        engine: Any = runtime_of(target).build(path, options)
+        engine.close = lambda: None  # a remote one has it
+        return engine
 
     def call(self, function: str, *args: object) -> object:
         import importlib

@@ -77,9 +77,10 @@ class Svd:
         if options.full:
             yield Candidate(self.name, full, cost(full), 0.0, bound=False, structure=_FULL)
             return
-        energy = self._spectrum(group, weights, statistics)["energy"]
+        spectrum = self._spectrum(group, weights, statistics)
+        energy = spectrum["energy"]
         tails = np.concatenate([np.cumsum(energy[::-1])[::-1], [0.0]])  # what is lost at rank 0, 1, ..
-        total = max(float(tails[0]), np.finfo(np.float64).tiny)
+        total = max(float(spectrum["total"][0]), np.finfo(np.float64).tiny)
         # the plain form bounds the error of the weight, not that of what the data makes of it
         bound = group.kind == "alone" and (self.needs_data or statistics is None)
         note = self._note(group, statistics)
@@ -145,11 +146,25 @@ class Svd:
         return self.name == "svd" and group.kind == "alone" and group.sites[0].bias is not None and statistics is not None
 
     def _spectrum(self, group: Group, weights: Weights, statistics: StatisticsSource | None) -> Factors:
-        """basis (N, min(K, N)) with orthonormal columns and energy (min(K, N),), falling: kept between ranks and runs."""
+        """basis (N, min(K, N)) with orthonormal columns, energy (min(K, N),), falling, and the total (1,) that errors are relative to.
+
+        Kept between ranks and runs.
+        """
         source = statistics if self.name == "svd" else None
         seen = tuple(source.key(s) for s in group.sites) if source is not None else ()
-        key = ("svd", "spectrum-1", weights.key(group.sites[0]), str(self._centres(group, source)), *seen)
-        return weights.remember(key, lambda: self._decompose(group, weights, source))
+        key = ("svd", "spectrum-2", weights.key(group.sites[0]), str(self._centres(group, source)), *seen)
+        return weights.remember(key, lambda: self._measured(group, weights, source))
+
+    def _measured(self, group: Group, weights: Weights, statistics: StatisticsSource | None) -> Factors:
+        found = self._decompose(group, weights, statistics)
+        total = float(found["energy"].sum())
+        if self._centres(group, statistics):  # the mean costs no rank, but it is part of what the product is
+            assert statistics is not None
+            known = statistics.of(group.sites[0])
+            assert known is not None and known.second is not None
+            W = weights.matrix(group.sites[0])
+            total = float(np.vdot(W, known.second @ W))
+        return {**found, "total": np.array([total])}
 
     def _decompose(self, group: Group, weights: Weights, statistics: StatisticsSource | None) -> Factors:
         W = weights.matrix(group.sites[0])
@@ -213,7 +228,7 @@ def _root(C: Array) -> Array:
 
 def _eigh(G: Array) -> tuple[Array, Array]:
     """Eigenvalues (falling, never negative) and eigenvectors (signs fixed) of a symmetric matrix."""
-    values, vectors = scipy.linalg.eigh(0.5 * (G + G.T), check_finite=False)
+    values, vectors = np.linalg.eigh(0.5 * (G + G.T))  # as quick as SciPy's, and lets other threads run
     return np.maximum(values[::-1], 0.0), _fix_signs(vectors[:, ::-1])
 
 

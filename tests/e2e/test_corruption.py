@@ -20,12 +20,12 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from tests.graphs import Array, node, normal, proto
 
 import lrcompile
 from lrcompile.errors import LrcompileError, PluginError, VerificationError
 from lrcompile.factors import FactorSet
 from lrcompile.records import Budget
+from tests.graphs import Array, node, normal, proto
 
 STAGES = sys.modules  # `lrcompile.compile` is the function; its module is only here
 
@@ -284,7 +284,7 @@ def test_the_graph_under_full_rank(tmp_path: Path, child: lrcompile.Child, cache
         return lowered
 
     monkeypatch.setattr(stages, "lower", wrong)
-    with pytest.raises(VerificationError, match="'logits' differs by 1.0+e-02"):
+    with pytest.raises(VerificationError, match=r"'logits' differs by 1\.0+e-02"):
         compiled(tmp_path, child, cache, rank="full")
     nothing_published(tmp_path)
 

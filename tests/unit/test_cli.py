@@ -48,7 +48,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with model.onnx, data.npz, a cache, and a published folder out/."""
     folder = tmp_path_factory.mktemp("cli")
     write_model(folder)
-    result = invoke(folder, "compile", "model.onnx", "-o", "out", "--data", "data.npz", "--keep", "0.7", "--seed", "3")
+    result = invoke(
+        folder, "compile", "model.onnx", "-o", "out", "--data", "data.npz", "--keep", "0.7", "--seed", "3"
+    )
     assert result.exit_code == 0, result.output
     return folder
 
@@ -63,7 +65,9 @@ def invoke(folder: Path, *words: str) -> Result:
     here = Path.cwd()
     os.chdir(folder)
     try:
-        return CliRunner().invoke(cli.app, list(words), env={"LRCOMPILE_CACHE": str(folder / "cache"), "COLUMNS": "200"})
+        return CliRunner().invoke(
+            cli.app, list(words), env={"LRCOMPILE_CACHE": str(folder / "cache"), "COLUMNS": "200"}
+        )
     finally:
         os.chdir(here)
 
@@ -121,7 +125,9 @@ def test_help_imports_nothing_heavy(words: str) -> None:
         "finally: print('FOUND', *{'numpy', 'onnx', 'onnx_ir', 'pydantic', 'rich', 'yaml'} & set(sys.modules))"
     )
     typers = " pydantic" if words.startswith("compile") else ""  # typer itself looks at typed flags with it
-    done = subprocess.run([sys.executable, "-c", code, *words.split()], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words.split()], capture_output=True, text=True, check=True
+    )
     assert done.stdout.splitlines()[-1] in ("FOUND", f"FOUND{typers}")
 
 
@@ -144,7 +150,9 @@ def test_inspect(run: Run, data: tuple[str, ...]) -> None:
     document = said(run("inspect", "model.onnx", *data, "--json"))
     assert [s["name"] for s in document["sites"]] == ["layer/up", "layer/down"]
     (up,) = (g for g in document["groups"] if g["sites"] == ["layer/up"])
-    (curve,) = (c for c in up["curves"] if c["refusal"] is None and c["method"] == ("svd" if data else "svd-plain"))
+    (curve,) = (
+        c for c in up["curves"] if c["refusal"] is None and c["method"] == ("svd" if data else "svd-plain")
+    )
     assert curve["break_even"] == 10  # the smallest r with r (16 + 24) >= 16 x 24
     energies = [curve["at_energy"][e]["rank"] for e in ("0.5", "0.9", "0.99")]
     assert energies == sorted(energies)
@@ -172,12 +180,17 @@ def test_plan_why_names_every_weight_and_its_reason(run: Run) -> None:
 def test_compile(home: Path, run: Run) -> None:
     words = ("compile", "model.onnx", "-o", "again", "--force", "--data", "data.npz", "--keep", "0.7")
     text = run(*words).stdout
-    assert "2 of 2 weights rewritten" in text and "noise floor" in text and "passed" in text and "parameters  " in text
+    assert (
+        "2 of 2 weights rewritten" in text
+        and "noise floor" in text
+        and "passed" in text
+        and "parameters  " in text
+    )
     assert said(run(*words, "--json")) == json.loads((home / "again/lrcompile.json").read_text())
 
 
 def test_verify(run: Run) -> None:
-    assert "2 feeds" not in run("verify", "out").stdout
+    assert all(line.startswith("ok: ") for line in run("verify", "out").stdout.splitlines())
     document = said(run("verify", "out", "--json"))
     assert document["verdict"] == "passed" and document["evidence"] is None
 
@@ -191,7 +204,7 @@ def test_verify_with_the_original(run: Run) -> None:
 def test_bench(run: Run) -> None:
     words = ("bench", "out", "--original", "model.onnx", "--shape", "x:[3,16]", "--seconds", "0.1")
     document = said(run(*words, "--json"))
-    assert document["shapes"] == ["x:3x16"] and document["rounds"] >= 10
+    assert document["shapes"] == ["x:3x16"] and document["rounds"] >= 20
     assert document["ratio"]["p25"] <= document["ratio"]["median"] <= document["ratio"]["p75"]
     assert "original / itself" in run(*words).stdout
 
@@ -231,7 +244,12 @@ def test_an_edited_plan_is_carried_out_twice_alike(home: Path, run: Run) -> None
     site = json.loads((home / "one/lrcompile.json").read_text())["sites"][0]
     assert site["rank"] == 2 and site["parameters_after"] == 2 * (16 + 24)
     assert site["measured_error"] <= site["claimed_error"] + 1e-6
-    assert said(run("plan", "model.onnx", "--data", "data.npz", "--plan", "one/lrcompile.json", "--json"))["decisions"][0]["rank"] == 2
+    assert (
+        said(run("plan", "model.onnx", "--data", "data.npz", "--plan", "one/lrcompile.json", "--json"))[
+            "decisions"
+        ][0]["rank"]
+        == 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -297,11 +315,24 @@ def test_a_bad_model(home: Path, run: Run) -> None:
 
 
 def test_a_budget_that_cannot_be_met(run: Run) -> None:
-    assert "--keep 0.01" in failed(run("plan", "model.onnx", "--data", "data.npz", "--keep", "0.01", "--json"), 1)
+    assert "--keep 0.01" in failed(
+        run("plan", "model.onnx", "--data", "data.npz", "--keep", "0.01", "--json"), 1
+    )
 
 
 def test_outputs_that_moved_too_far(home: Path, run: Run) -> None:
-    words = ("compile", "model.onnx", "-o", "far", "--data", "data.npz", "--keep", "0.3", "--max-error", "cosine=0.99999")
+    words = (
+        "compile",
+        "model.onnx",
+        "-o",
+        "far",
+        "--data",
+        "data.npz",
+        "--keep",
+        "0.3",
+        "--max-error",
+        "cosine=0.99999",
+    )
     assert "cosine" in failed(run(*words, "--json"), 1)
     assert not (home / "far").exists()
 
@@ -313,7 +344,18 @@ def test_a_damaged_folder(home: Path, run: Run) -> None:
 
 
 def test_a_build_that_runs_out_of_time(run: Run) -> None:
-    words = ("compile", "model.onnx", "-o", "late", "--data", "data.npz", "--keep", "0.5", "--timeout", "0.0001")
+    words = (
+        "compile",
+        "model.onnx",
+        "-o",
+        "late",
+        "--data",
+        "data.npz",
+        "--keep",
+        "0.5",
+        "--timeout",
+        "0.0001",
+    )
     assert "time limit" in failed(run(*words), 4)
 
 
@@ -345,7 +387,9 @@ def test_an_interrupted_compile_leaves_nothing(tmp_path: Path, number: signal.Si
         cwd=tmp_path,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # whoever runs the tests may ignore it
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # whoever runs the tests may ignore it
         env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
     )
     for _ in range(600):

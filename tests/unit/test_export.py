@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from lrcompile import export as export_module
 from lrcompile import export_names
 from lrcompile.errors import LrcompileError, ModelError, PluginError, UsageError
 from lrcompile.export import export
@@ -118,7 +118,7 @@ def test_same_bytes_twice_and_no_paths_inside(recipe: Path, net: Path, tmp_path:
 def test_weights_above_the_limit_go_to_one_file(
     recipe: Path, net: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export_module, "_INLINE_LIMIT", 100)
+    monkeypatch.setattr(importlib.import_module("lrcompile.export"), "_INLINE_LIMIT", 100)
     path = export(f"{recipe}:make", tmp_path / "big.onnx")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["big.onnx", "big.onnx.data"]
     inline, external = (ir.load(p).graph.initializers for p in (net, path))

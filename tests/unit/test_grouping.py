@@ -6,10 +6,10 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from tests.graphs import Array, model, node, normal
 
 from lrcompile.records import Group
 from lrcompile.sites import find
+from tests.graphs import Array, model, node, normal
 
 H, D = 2, 4  # heads, numbers in each
 WIDTH = H * D

@@ -12,14 +12,14 @@ import onnx
 import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper
-from tests.graphs import Array, model, node, normal, proto, run
-from tests.odd_graphs import OddGraph, corpus
 
 from lrcompile.load import load
 from lrcompile.records import Finding, Site
 from lrcompile.sites import find
 from lrcompile.store import Cache
 from lrcompile.weights import ModelWeights
+from tests.graphs import Array, model, node, normal, proto, run
+from tests.odd_graphs import OddGraph, corpus
 
 K, N = 6, 4
 W = normal(K, N)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.graphs import Array, model, node, normal
 
 from lrcompile.factorize import factorize, group_error
 from lrcompile.interfaces import CandidateOptions
@@ -23,6 +23,8 @@ from lrcompile.registry import factorization
 from lrcompile.sites import find
 from lrcompile.store import Cache
 from lrcompile.weights import ModelWeights
+from tests.graphs import Array, model, node, normal
+from tests.graphs import weights as new_weights
 
 SVD, PLAIN = factorization("svd"), factorization("svd-plain")
 # Sums of a few hundred float64 products, twice through an eigenproblem: far above rounding, far below any real difference.
@@ -38,18 +40,6 @@ class Statistics:
 
     def key(self, site: Site) -> str:
         return str(id(self.known.get(site.name)))
-
-
-class Forgetful:
-    """A cache that keeps nothing: every test computes."""
-
-    def remember(self, key: tuple[str, ...], compute: Callable[[], Mapping[str, Array]]) -> Mapping[str, Array]:
-        return compute()
-
-
-def fresh() -> ModelWeights:
-    """Weights of one model know their sites by name: each test's model gets its own."""
-    return ModelWeights(Forgetful(), 18)  # type: ignore[arg-type]
 
 
 def linear(W: Array, bias: Array | None = None) -> tuple[ir.Model, Group]:
@@ -73,7 +63,7 @@ def seen(X: Array) -> Statistics:
 
 
 def factors(method: Any, group: Group, statistics: Statistics | None, rank: int) -> tuple[Candidate, Mapping[str, Array]]:
-    weights = fresh()
+    weights = new_weights()
     (candidate,) = method.candidates(group, weights, statistics, CandidateOptions(ranks=(rank,)))
     return candidate, method.factorize(group, weights, statistics, candidate, 0)
 
@@ -255,7 +245,7 @@ def test_full_rank(method: Any, K: int, N: int) -> None:
     W = normal(K, N, dtype=np.float64)
     W[:, 0] *= 1e6  # badly scaled columns must not cost the others their digits
     _, group = linear(W)
-    weights = fresh()
+    weights = new_weights()
     (candidate,) = method.candidates(group, weights, None, CandidateOptions(full=True))
     made = method.factorize(group, weights, None, candidate, 0)
     assert candidate.rank == min(K, N) and candidate.cost.parameters == made["a"].size + made["b"].size
@@ -303,7 +293,7 @@ def test_candidates() -> None:
 
     made = list(PLAIN.candidates(group, Fixed(), None, CandidateOptions()))  # type: ignore[arg-type]
     assert [c.rank for c in made] == [1, 2, 3, 4, 5, 6]
-    assert all(a.error > b.error for a, b in zip(made, made[1:], strict=False))
+    assert all(a.error > b.error for a, b in pairwise(made))
     assert [(c.cost.parameters, c.cost.bytes, c.cost.flops) for c in made] == [(16 * r, 64 * r, 32 * r) for r in range(1, 7)]
     assert [c.rank for c in PLAIN.candidates(group, Fixed(), None, CandidateOptions(multiple=4))] == [4]  # type: ignore[arg-type]
     assert not list(PLAIN.candidates(group, Fixed(), None, CandidateOptions(ranks=(7,))))  # type: ignore[arg-type]

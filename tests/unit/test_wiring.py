@@ -11,7 +11,6 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from tests.graphs import Array, model, node, run
 
 from lrcompile.lower import lower
 from lrcompile.records import Site, Step
@@ -20,6 +19,7 @@ from lrcompile.rewrite import rewrite
 from lrcompile.sites import find
 from lrcompile.store import Cache
 from lrcompile.weights import ModelWeights
+from tests.graphs import Array, model, node, run
 
 K, N = 6, 4
 
