@@ -26,6 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SLICE = 0.05  # seconds between two looks at the memory
+ORDER = ("load", "calibrate", "plan", "factorize", "verify", "prove", "publish")
 
 # recipe; then, a line each, what is asked of the compile: a name, and options of `Options`
 CASES: dict[str, tuple[str, dict[str, str]]] = {
@@ -66,7 +67,12 @@ def measure(command: Sequence[str], timeout: float | None = None) -> Cost:
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     start, used, peak = time.monotonic(), _cpu(), 0
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **threads}, cwd=ROOT
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **threads},
+        cwd=ROOT,
     )
     try:
         while process.poll() is None:
@@ -75,7 +81,7 @@ def measure(command: Sequence[str], timeout: float | None = None) -> Cost:
                 raise TimeoutError(f"{' '.join(command)} took more than {timeout:g} s")
             time.sleep(SLICE)
     finally:
-        process.kill()  # nothing happens when it has ended; its child ends with it
+        process.kill()  # nothing happens when it has ended; lrcompile's child ends with it
         log = process.communicate()[0]
     return Cost(time.monotonic() - start, _cpu() - used, peak, process.returncode, log)
 
@@ -141,12 +147,23 @@ def work_compile(model: Path, out: Path, cache: Path, text: str) -> None:
         include=given.get("include"),
         cache=cache,
     )
-    result = lrcompile.compile(model, out, options)
+    moments: dict[str, float] = {}  # when each stage first said something
+
+    def note(stage: str, done: int, total: int) -> None:
+        moments.setdefault(stage, time.monotonic())
+
+    start = time.monotonic()
+    result = lrcompile.compile(model, out, options, progress=note)
+    ends = [*moments.values(), time.monotonic()]
+    for stage, began, ended in zip(["start", *moments], [start, *moments.values()], ends, strict=True):
+        print(f"stage {stage}: {ended - began:.1f}")
     print(f"metric: {result.evidence.metric}")
     for name, figures in result.evidence.outputs[:2]:
         print(f"{name}: {figures}")
     totals = result.totals
-    print(f"verdict: {result.evidence.verdict}, parameters {totals.parameters_before} -> {totals.parameters_after}")
+    print(
+        f"verdict: {result.evidence.verdict}, parameters {totals.parameters_before} -> {totals.parameters_after}"
+    )
 
 
 def work_surgeon(model: Path, out: Path) -> None:
@@ -188,7 +205,10 @@ def rows_of(name: str, data: Path, scratch: Path, runs: int) -> list[tuple[str, 
             scratch.mkdir()
             if cost.code:
                 raise SystemExit(f"{name}, {kind}: exit code {cost.code}\n{cost.log[-3000:]}")
-            print(f"{name}, {kind}: {cost.seconds:.1f} s, {cost.cpu:.1f} s of processor, {cost.peak / 1e9:.2f} GB", file=sys.stderr)
+            print(
+                f"{name}, {kind}: {cost.seconds:.1f} s, {cost.cpu:.1f} s of processor, {cost.peak / 1e9:.2f} GB",
+                file=sys.stderr,
+            )
             costs[kind].append(cost)
     sizes = sum(f.stat().st_size for f in model.parent.glob("model.onnx*"))
     label = f"{name}, {sizes / 1e6:,.0f} MB"
@@ -205,7 +225,21 @@ def table(rows: Sequence[tuple[str, str, Sequence[Cost]]]) -> str:
     return "\n".join(lines)
 
 
-def page(text: str, arguments: str) -> str:
+def stages(rows: Sequence[tuple[str, str, Sequence[Cost]]]) -> str:
+    """Seconds of each stage, from its first sign of life to the next stage's, in the last run of each kind."""
+    found = {(m, w): dict(re.findall(r"^stage (\w+): ([\d.]+)", c[-1].log, re.M)) for m, w, c in rows}
+    names = list(dict.fromkeys(name for seconds in found.values() for name in seconds if name != "start"))
+    names.sort(key=lambda n: ORDER.index(n) if n in ORDER else len(ORDER))
+    lines = ["| model | what | " + " | ".join(names) + " |", "|---|---|" + "---:|" * len(names)]
+    lines += [
+        f"| {model} | {what} | " + " | ".join(seconds.get(name, "") for name in names) + " |"
+        for (model, what), seconds in found.items()
+        if seconds
+    ]
+    return "\n".join(lines)
+
+
+def page(text: str, by_stage: str, arguments: str) -> str:
     """The page of the documentation."""
     import onnx
     import onnx_graphsurgeon
@@ -222,6 +256,11 @@ def page(text: str, arguments: str) -> str:
 A compile is everything: load, calibrate, factorize, build, verify both questions, publish; the first run, with an empty
 cache. graphsurgeon loads the file and saves it, nothing else. Memory is RssAnon + RssShmem of the process and all that it
 started, looked at every {1000 * SLICE:.0f} ms. `--rank full` and `svd-plain` need no data.
+
+Seconds from a stage's first sign of life to the next one's (`plan` holds the eigenproblems, `prove` verification's first
+question, `verify` its second):
+
+{by_stage}
 
 Measured with {os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}, {versions}. Other work may have run beside it: compare
 lines of this table with each other.
@@ -246,9 +285,14 @@ def main() -> None:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     print(text := table(rows))
+    print(by_stage := stages(rows))
     if options.output is not None:
-        arguments = "".join(f" --{n} {getattr(options, n)}" for n in ("models", "runs") if getattr(options, n) != parser.get_default(n))
-        options.output.write_text(page(text, arguments))
+        arguments = "".join(
+            f" --{n} {getattr(options, n)}"
+            for n in ("models", "runs")
+            if getattr(options, n) != parser.get_default(n)
+        )
+        options.output.write_text(page(text, by_stage, arguments))
 
 
 if __name__ == "__main__":

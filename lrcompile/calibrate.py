@@ -47,7 +47,9 @@ class Tap:
 class StoredStatistics:
     """The `interfaces.StatisticsSource` over moments in the cache; each thread holds on to its last site's only."""
 
-    def __init__(self, taps: Mapping[str, tuple[str, Tap]], load: Callable[[str], Mapping[str, Array]]) -> None:
+    def __init__(
+        self, taps: Mapping[str, tuple[str, Tap]], load: Callable[[str], Mapping[str, Array]]
+    ) -> None:
         self._taps = taps
         self._load = load
         self._kept = threading.local()
@@ -66,14 +68,25 @@ class StoredStatistics:
 
 
 def calibrate(
-    model: ir.Model, finding: Finding, feeds: Feeds, source_key: str, *, target: str, child: Child, cache: Cache,
+    model: ir.Model,
+    finding: Finding,
+    feeds: Feeds,
+    source_key: str,
+    *,
+    target: str,
+    child: Child,
+    cache: Cache,
     progress: Progress = silent,
 ) -> StoredStatistics:
     """Statistics of every site in the main graph that can be taken. Cached: a killed run starts again where it was.
 
     source_key: hash of model and weights. target: the runtime target that runs the original.
     """
-    taps = {s.name: _tap(s) for s in finding.sites if s.refusal is None and s.path == "" and s.kind in ("linear", "lookup")}
+    taps = {
+        s.name: _tap(s)
+        for s in finding.sites
+        if s.refusal is None and s.path == "" and s.kind in ("linear", "lookup")
+    }
     prefix = hashlib.sha256(repr((source_key, feeds.key, target, "moments-1")).encode()).hexdigest()
     distinct = sorted(set(taps.values()), key=lambda t: (t.value, t.size, t.before))
     keys = {tap: hashlib.sha256(repr((prefix, tap)).encode()).hexdigest() for tap in distinct}
@@ -84,7 +97,9 @@ def calibrate(
             engine = None
             watched = {t.value for t in missing} - {v.name for v in model.graph.inputs}
             if watched:
-                path = save_model(_cut_to(model, watched), new_folder(scratch / "taps"), external=is_large(model) or None)
+                path = save_model(
+                    _cut_to(model, watched), new_folder(scratch / "taps"), external=is_large(model) or None
+                )
                 engine = child.build(target, path, BuildOptions(target=target))
             for done, feed in enumerate(feeds):
                 child.call("lrcompile.calibrate:accumulate", engine, feed, tuple(missing), str(scratch))
@@ -93,7 +108,9 @@ def calibrate(
                 engine.close()
             for index, tap in enumerate(missing):
                 cache.remember(("moments", keys[tap]), lambda i=index, t=tap: _arrays(scratch, i, t))  # type: ignore[misc]
-    return StoredStatistics({name: (keys[t], t) for name, t in taps.items()}, lambda key: cache.remember(("moments", key), _gone))
+    return StoredStatistics(
+        {name: (keys[t], t) for name, t in taps.items()}, lambda key: cache.remember(("moments", key), _gone)
+    )
 
 
 def accumulate(engine: Engine | None, feed: Mapping[str, Array], taps: Sequence[Tap], folder: str) -> None:
@@ -103,7 +120,9 @@ def accumulate(engine: Engine | None, feed: Mapping[str, Array], taps: Sequence[
     masks = [a for n, a in feed.items() if "mask" in n.lower() and a.ndim == 2]
     for index, tap in enumerate(taps):
         array = seen[tap.value]
-        by_row = tap.lookup or (array.ndim > 2 and not tap.before)  # (batch, K) may look like a mask's shape by chance
+        by_row = tap.lookup or (
+            array.ndim > 2 and not tap.before
+        )  # (batch, K) may look like a mask's shape by chance
         keep = next((m.astype(bool) for m in masks if by_row and m.shape == array.shape[:2]), None)
         arrays = _arrays(Path(folder), index, tap)
         if tap.lookup:
@@ -145,7 +164,9 @@ def _cut_to(model: ir.Model, values: set[str]) -> ir.Model:
 def _arrays(folder: Path, index: int, tap: Tap) -> dict[str, Array]:
     """The running sums of one tap, mapped from their files."""
     shapes: dict[str, tuple[int, ...]] = {"count": (1,)}
-    shapes |= {"frequencies": (tap.size,)} if tap.lookup else {"second": (tap.size, tap.size), "mean": (tap.size,)}
+    shapes |= (
+        {"frequencies": (tap.size,)} if tap.lookup else {"second": (tap.size, tap.size), "mean": (tap.size,)}
+    )
     return {name: open_array(folder / f"{index}.{name}", shape) for name, shape in shapes.items()}
 
 
@@ -155,7 +176,9 @@ def _statistics(sums: Mapping[str, Array], tap: Tap) -> InputStatistics:
     shrinkage = tap.size / (tap.size + 100.0 * count)
     if tap.lookup:
         share = sums["frequencies"] / max(count, 1)
-        return InputStatistics(count, frequencies=(1 - shrinkage) * share + shrinkage / tap.size, shrinkage=shrinkage)
+        return InputStatistics(
+            count, frequencies=(1 - shrinkage) * share + shrinkage / tap.size, shrinkage=shrinkage
+        )
     second = sums["second"] / max(count, 1)
     spread = float(np.trace(second)) / tap.size or 1.0
     second = (1 - shrinkage) * second

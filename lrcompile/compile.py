@@ -38,7 +38,15 @@ from lrcompile.registry import methods_of, runtime_of
 from lrcompile.report import render
 from lrcompile.rewrite import jittered, reconstructed, rewrite
 from lrcompile.sites import find
-from lrcompile.store import Cache, check_out, copy_folder, default_cache, load_function, remove_folder, staging
+from lrcompile.store import (
+    Cache,
+    check_out,
+    copy_folder,
+    default_cache,
+    load_function,
+    remove_folder,
+    staging,
+)
 from lrcompile.surgeon import scripted
 from lrcompile.verify import Metric, check_rewrite, judge, measure, noise_of, score
 from lrcompile.weights import ModelWeights

@@ -18,13 +18,18 @@ from lrcompile.errors import PluginError
 from lrcompile.factors import FactorSet
 from lrcompile.interfaces import Array, Constant, Factorization, Factors, StatisticsSource, Weights
 from lrcompile.progress import Progress, silent
-from lrcompile.records import Candidate, Cost, Decision, Group, InputStatistics, Plan, Site
+from lrcompile.records import Candidate, Cost, Decision, Group, InputStatistics, Plan
 from lrcompile.weights import side_by_side, storage_of
 
 logger = logging.getLogger(__name__)
 
 # A claim that is a bound may be passed by what rounding the factors to their storage type adds.
-_ROUNDING = {ir.DataType.DOUBLE: 1e-12, ir.DataType.FLOAT: 1e-6, ir.DataType.FLOAT16: 4e-3, ir.DataType.BFLOAT16: 4e-2}
+_ROUNDING = {
+    ir.DataType.DOUBLE: 1e-12,
+    ir.DataType.FLOAT: 1e-6,
+    ir.DataType.FLOAT16: 4e-3,
+    ir.DataType.BFLOAT16: 4e-2,
+}
 
 
 def factorize(
@@ -50,7 +55,12 @@ def factorize(
 
 
 def _one(
-    decision: Decision, group: Group, method: Factorization, weights: Weights, statistics: StatisticsSource | None, seed: int
+    decision: Decision,
+    group: Group,
+    method: Factorization,
+    weights: Weights,
+    statistics: StatisticsSource | None,
+    seed: int,
 ) -> FactorSet:
     site = group.sites[0]
     storage = storage_of(site)
@@ -76,11 +86,17 @@ def _one(
     kept = weights.remember(key, compute)
     shapes = {n: shape for n, _, shape in map(_untag, (t for t in kept if t != "measured"))}
     measured = float(kept["measured"][0])
-    if decision.bound and decision.claimed_error is not None and measured > decision.claimed_error + _ROUNDING[storage]:
+    if (
+        decision.bound
+        and decision.claimed_error is not None
+        and measured > decision.claimed_error + _ROUNDING[storage]
+    ):
         raise PluginError(
             f"{method.name} claimed at most {decision.claimed_error:.3e} for {group.name} and its factors have {measured:.3e}"
         )
-    return FactorSet(decision, group, method, storage, shapes, measured, lambda: _unpack(weights.remember(key, compute)))
+    return FactorSet(
+        decision, group, method, storage, shapes, measured, lambda: _unpack(weights.remember(key, compute))
+    )
 
 
 def group_error(
@@ -120,7 +136,8 @@ def annotate(plan: Plan, sets: Sequence[FactorSet]) -> Plan:
     return replace(
         plan,
         decisions=tuple(
-            replace(d, claimed_error=measured[d.group]) if d.group in measured and not d.bound else d for d in plan.decisions
+            replace(d, claimed_error=measured[d.group]) if d.group in measured and not d.bound else d
+            for d in plan.decisions
         ),
     )
 

@@ -16,7 +16,16 @@ import numpy as np
 import onnx_ir as ir
 
 from lrcompile import wiring
-from lrcompile.graph import FLOATS, dims, is_overridable, mark_constants, nodes, reached_from, shapes_of, tensor_of
+from lrcompile.graph import (
+    FLOATS,
+    dims,
+    is_overridable,
+    mark_constants,
+    nodes,
+    reached_from,
+    shapes_of,
+    tensor_of,
+)
 from lrcompile.grouping import groups_of
 from lrcompile.records import Bias, Finding, Kind, Layout, Site
 

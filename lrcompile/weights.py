@@ -43,7 +43,9 @@ class ModelWeights:
         if last is None or last[0] != site.name:
             self._kept.last = last = None  # gone before the next one is made
             stored = evaluate(site.root, self._opset)
-            matrix = np.ascontiguousarray(site.layout.apply(stored), dtype=np.float64).view()  # perhaps of the mapped file
+            matrix = np.ascontiguousarray(
+                site.layout.apply(stored), dtype=np.float64
+            ).view()  # perhaps of the mapped file
             matrix.flags.writeable = False
             self._kept.last = last = (site.name, matrix)
         return last[1]
@@ -92,17 +94,21 @@ def side_by_side(work: Callable[[T], S], items: Iterable[T], group_of: Callable[
     """
     with ThreadPoolExecutor(min(_WORKERS, os.cpu_count() or 1)) as pool:
         ahead: deque[Future[S]] = deque()
-        for item in items:
-            if sum(s.K * s.N for s in group_of(item).sites) > _SMALL:
-                while ahead:
-                    yield ahead.popleft().result()
-                yield pool.submit(work, item).result()
-            else:
-                ahead.append(pool.submit(work, item))
-                if len(ahead) > _WORKERS:
-                    yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+        try:
+            for item in items:
+                if sum(s.K * s.N for s in group_of(item).sites) > _SMALL:
+                    while ahead:
+                        yield ahead.popleft().result()
+                    yield pool.submit(work, item).result()
+                else:
+                    ahead.append(pool.submit(work, item))
+                    if len(ahead) > _WORKERS:
+                        yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:  # interrupted, or one failed: what has not begun never will
+            for future in ahead:
+                future.cancel()
 
 
 def storage_of(site: Site) -> ir.DataType:

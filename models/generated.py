@@ -68,7 +68,9 @@ def write(folder: Path, layers: int, width: int, seed: int = 0) -> Path:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--layers", type=int, default=96, metavar="N", help="MatMul in a row")
-    parser.add_argument("--width", type=int, default=2048, metavar="N", help="rows and columns of each weight")
+    parser.add_argument(
+        "--width", type=int, default=2048, metavar="N", help="rows and columns of each weight"
+    )
     options = parser.parse_args()
     path = write(options.output, options.layers, options.width)
     size = path.with_name("model.onnx.data").stat().st_size

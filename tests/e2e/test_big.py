@@ -118,8 +118,19 @@ def test_factors_survive_a_kill(tmp_path: Path) -> None:
     model = generated(tmp_path / "model", 16, 256)
 
     def run(after: int) -> int:
-        command = [sys.executable, "-c", textwrap.dedent(KILLED), *map(str, (model, tmp_path / "out", tmp_path / "cache", after))]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"})
+        command = [
+            sys.executable,
+            "-c",
+            textwrap.dedent(KILLED),
+            *map(str, (model, tmp_path / "out", tmp_path / "cache", after)),
+        ]
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+        )
         assert done.returncode in (0, -signal.SIGKILL), done.stderr[-2000:]
         return done.returncode
 

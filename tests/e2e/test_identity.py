@@ -16,11 +16,11 @@ import numpy as np
 import onnx
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
-from tests.odd_graphs import OddGraph, corpus, odd_graphs
 
 import lrcompile
 from lrcompile.interfaces import BuildOptions
 from lrcompile.records import Budget
+from tests.odd_graphs import OddGraph, corpus, odd_graphs
 
 # Relative L2 of an output: rounding of factors and of sums over two dozen terms, through at most four sites in a row.
 ROOM = {1: 1e-4, 11: 1e-9, 10: 5e-2, 16: 3e-1}  # float, double, float16, bfloat16, by ONNX's numbers

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.e2e.test_big import compiled, limit
 
 import lrcompile
 from lrcompile.store import check_folder
+from tests.e2e.test_big import compiled, limit
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -74,10 +74,16 @@ def test_perplexity(smollm2: Path, tmp_path: Path) -> None:
     document = check_folder(tmp_path / "out")
     assert sum(site["method"] != "dense" for site in document["sites"]) == 210
     before, after = _metric(log)
-    sys.stdout.write(f"SmolLM2 --keep 0.9, {tokens} tokens, heldout: perplexity {before:.2f} -> {after:.2f}\n")
+    sys.stdout.write(
+        f"SmolLM2 --keep 0.9, {tokens} tokens, heldout: perplexity {before:.2f} -> {after:.2f}\n"
+    )
     assert after <= 2.3 * before
     # On another source: printed, not judged.
-    sys.stdout.write("SmolLM2 --keep 0.9, heldout_other: perplexity {:.2f} -> {:.2f}\n".format(*_other(smollm2, tmp_path / "out")))
+    sys.stdout.write(
+        "SmolLM2 --keep 0.9, heldout_other: perplexity {:.2f} -> {:.2f}\n".format(
+            *_other(smollm2, tmp_path / "out")
+        )
+    )
 
 
 def _metric(log: str) -> tuple[float, float]:
@@ -100,6 +106,13 @@ print(perplexity(lambda feed: {"logits": session.run(["logits"], feed)[0]}, feed
 """
     scores = []
     for model in (smollm2, out):
-        command = [sys.executable, "-c", code, str(ROOT / "models"), str(model / "model.onnx"), str(smollm2 / "heldout_other")]
+        command = [
+            sys.executable,
+            "-c",
+            code,
+            str(ROOT / "models"),
+            str(model / "model.onnx"),
+            str(smollm2 / "heldout_other"),
+        ]
         scores.append(float(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
     return scores[0], scores[1]

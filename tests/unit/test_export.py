@@ -11,9 +11,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from lrcompile import export_names
 from lrcompile.errors import LrcompileError, ModelError, PluginError, UsageError
 from lrcompile.export import export
+from lrcompile.export import names as export_names
 
 torch = pytest.importorskip("torch")
 ort = pytest.importorskip("onnxruntime")

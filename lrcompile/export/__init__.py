@@ -9,7 +9,7 @@ What can be exported, and through what:
    - image encoders: `pixel_values`, dynamic in the batch.
 2. any other torch module: `torch.onnx.export(dynamo=True)`, with example inputs, and dynamic where `axes` says so.
 
-Then `export_names.py` gives nodes, weights and dimensions the names a person knows from the torch module, and the file is
+Then `names.py` gives nodes, weights and dimensions the names a person knows from the torch module, and the file is
 written without times, paths and stack traces: exporting twice gives the same bytes.
 torch, transformers and onnxscript are imported inside functions: they are the extra `torch`.
 """
@@ -31,9 +31,9 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from lrcompile import export_names
 from lrcompile.errors import LrcompileError, ModelError, PluginError, UsageError
-from lrcompile.export_transformers import (
+from lrcompile.export import names
+from lrcompile.export.hub import (
     Axes,
     example_inputs,
     from_folder,
@@ -99,10 +99,10 @@ def export(
         except Exception as error:
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ModelError(f"torch could not export {_describe(model)}: {first}") from error
-    export_names.name_dimensions(exported, source.axes)
-    export_names.name_weights(exported, source.module)
-    export_names.name_nodes(exported)
-    export_names.strip_metadata(exported)
+    names.name_dimensions(exported, source.axes)
+    names.name_weights(exported, source.module)
+    names.name_nodes(exported)
+    names.strip_metadata(exported)
     _save(exported, output)
     return output
 
@@ -197,7 +197,7 @@ def _trace(source: _Source, opset: int | None) -> ir.Model:
 
         config = OnnxConfig(dynamic=True, dynamic_shapes=shapes, opset_version=opset)
         model: ir.Model = OnnxExporter().export(source.module, source.inputs, config=config).program
-        export_names.name_cache(model)
+        names.name_cache(model)
         return model
     with torch.no_grad():
         outputs = source.module(**source.inputs)

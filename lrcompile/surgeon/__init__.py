@@ -24,7 +24,7 @@ from lrcompile.errors import ModelError, UsageError
 from lrcompile.load import load
 from lrcompile.records import Source
 from lrcompile.store import load_function, models, wire
-from lrcompile.surgeon_losses import lift, restore, strip
+from lrcompile.surgeon.losses import lift, restore, strip
 
 if TYPE_CHECKING:
     Array = np.ndarray[Any, np.dtype[Any]]
