@@ -154,6 +154,9 @@ def reached_from(model: ir.Model, starts: Iterable[ir.Node]) -> set[ir.Node]:
         reached.add(node)
         for value in node.outputs:
             pending.extend(value.consumers())
+        for attribute in node.attributes.values():  # what a Loop or Scan is given, and what it carries round, enters its body
+            for graph in _graphs_of(attribute):
+                pending.extend(n for v in graph.inputs for n in v.consumers())
         owner = owners.get(node.graph) if isinstance(node.graph, ir.Graph) else None
         if owner is not None:
             pending.append(owner)

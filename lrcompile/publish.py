@@ -166,7 +166,7 @@ def site_reports(finding: Finding, plan: Plan, sets: Sequence[FactorSet]) -> tup
                 claimed_error=decision.claimed_error if decision is not None and rewrites else None,
                 measured_error=measured.get(decision.group) if decision is not None else None,
                 reason=decision.reason if decision is not None else site.refusal or "",
-            )  # fmt: skip
+            )
         )
     return tuple(lines)
 

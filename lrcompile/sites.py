@@ -255,9 +255,8 @@ def _shape_through(chain: list[ir.Node], shape: tuple[int, ...]) -> tuple[int, .
     for node in chain:
         if node.op_type in _LAYOUT_OPS:
             layout = _step(layout, node) if layout is not None else None
-        elif node.op_type == "Mul" and layout is not None:
-            if max(_extent(v)[0] for v in node.inputs) > math.prod(layout.shape):
-                return None
+        elif node.op_type == "Mul" and layout is not None and max(_extent(v)[0] for v in node.inputs) > math.prod(layout.shape):
+            return None
     return layout.shape if layout is not None else None
 
 

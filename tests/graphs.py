@@ -78,7 +78,9 @@ class Forgetful:
     def has(self, key: tuple[str, ...]) -> bool:
         return False
 
-    def remember(self, key: tuple[str, ...], compute: Callable[[], Mapping[str, Array]]) -> Mapping[str, Array]:
+    def remember(
+        self, key: tuple[str, ...], compute: Callable[[], Mapping[str, Array]]
+    ) -> Mapping[str, Array]:
         return compute()
 
 

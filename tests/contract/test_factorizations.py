@@ -219,7 +219,7 @@ def test_refusals_are_sentences(name: str) -> None:
 def test_a_broken_claim_is_caught(tmp_path: Path) -> None:
     """The contract itself can fail: a factorization that claims less error than its factors have is an error."""
     method = registry.factorization("svd-plain")
-    model, group, weights, statistics, candidate = next(
+    _, group, weights, _, candidate = next(
         c for c in cases(method, Cache(tmp_path), "matmul", 12, 9, 1, True) if c[4].rank == 1
     )
     lie = decision(group, Candidate(candidate.method, 1, candidate.cost, candidate.error / 10))

@@ -138,13 +138,18 @@ def corrupt(factors: FactorSet, name: str, change: Callable[[Array], Array]) -> 
     return dataclasses.replace(factors, load=load)
 
 
-@pytest.mark.parametrize("factor", ["a", "b", "bias"])
-@pytest.mark.parametrize("kind", FACTORS)
+@pytest.mark.parametrize(
+    ("kind", "factor"),
+    [(k, f) for k in FACTORS for f in ("a", "b", "bias") if (k, f) != ("the least component zeroed", "bias")],
+)
 def test_a_factor(
-    kind: str, factor: str, tmp_path: Path, child: lrcompile.Child, cache: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    factor: str,
+    tmp_path: Path,
+    child: lrcompile.Child,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if factor == "bias" and kind == "the least component zeroed":
-        pytest.skip("a bias has no columns")
     stages = STAGES["lrcompile.compile"]
     rewrite = stages.rewrite
 
@@ -258,7 +263,9 @@ GRAPHS: dict[str, Callable[[ir.Model], None]] = {
 
 
 @pytest.mark.parametrize("kind", GRAPHS)
-def test_the_graph(kind: str, tmp_path: Path, child: lrcompile.Child, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_graph(
+    kind: str, tmp_path: Path, child: lrcompile.Child, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stages = STAGES["lrcompile.compile"]
     lower = stages.lower
 
@@ -273,7 +280,9 @@ def test_the_graph(kind: str, tmp_path: Path, child: lrcompile.Child, cache: Pat
     nothing_published(tmp_path)
 
 
-def test_the_graph_under_full_rank(tmp_path: Path, child: lrcompile.Child, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_graph_under_full_rank(
+    tmp_path: Path, child: lrcompile.Child, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Identity mode has no data-driven judge at all: the first question alone must notice."""
     stages = STAGES["lrcompile.compile"]
     lower = stages.lower
@@ -331,7 +340,9 @@ def stored_arrays(document: Any, change: Callable[[Array], Array]) -> int:
     count = 0
     if isinstance(document, dict):
         if isinstance(document.get("array"), str):
-            array = np.load(io.BytesIO(base64.b64decode(document["array"], validate=True)), allow_pickle=False)
+            array = np.load(
+                io.BytesIO(base64.b64decode(document["array"], validate=True)), allow_pickle=False
+            )
             if array.dtype.kind == "f":
                 file = io.BytesIO()
                 np.save(file, change(array), allow_pickle=False)
@@ -399,10 +410,16 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a byte of the model": (flip_byte, "model.onnx was altered"),
     "a hash in the manifest": (change_hash, "model.onnx was altered"),
     "an extra file": (lambda out: (out / "notes.txt").write_text("hello"), "notes.txt is not listed"),
-    "an extra file below": (lambda out: ((out / "sub").mkdir(), (out / "sub/x").write_text("")), "sub/x is not listed"),
+    "an extra file below": (
+        lambda out: ((out / "sub").mkdir(), (out / "sub/x").write_text("")),
+        "sub/x is not listed",
+    ),
     "a missing file": (lambda out: (out / "report.html").unlink(), "report.html is missing"),
     "no manifest": (lambda out: (out / "lrcompile.json").unlink(), "lrcompile.json is missing"),
-    "a manifest of nonsense": (lambda out: (out / "lrcompile.json").write_text("[]"), "lrcompile.json is not readable"),
+    "a manifest of nonsense": (
+        lambda out: (out / "lrcompile.json").write_text("[]"),
+        "lrcompile.json is not readable",
+    ),
     "a link instead of a file": (link_away, "model.onnx is not a regular file"),
     "stored outputs doubled": (edit_outputs(lambda a: 2 * a), "output '"),
     "stored outputs 1 percent off": (edit_outputs(lambda a: a * np.float32(1.01)), "output '"),
@@ -421,7 +438,9 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("kind", FOLDERS)
-def test_the_published_folder(kind: str, published: Path, tmp_path: Path, child: lrcompile.Child, cache: Path) -> None:
+def test_the_published_folder(
+    kind: str, published: Path, tmp_path: Path, child: lrcompile.Child, cache: Path
+) -> None:
     out = tmp_path / "out"
     shutil.copytree(published, out)
     plant, words = FOLDERS[kind]
@@ -432,7 +451,9 @@ def test_the_published_folder(kind: str, published: Path, tmp_path: Path, child:
     assert "\n" not in str(caught.value)
 
 
-def test_a_copy_of_the_folder_passes(published: Path, tmp_path: Path, child: lrcompile.Child, cache: Path) -> None:
+def test_a_copy_of_the_folder_passes(
+    published: Path, tmp_path: Path, child: lrcompile.Child, cache: Path
+) -> None:
     """The control of the above: copying alone does no harm, and the files that are hashed again are not the reason."""
     shutil.copytree(published, tmp_path / "out")
     for name in ("outputs.json", "inputs.json", "model.onnx"):
@@ -440,7 +461,9 @@ def test_a_copy_of_the_folder_passes(published: Path, tmp_path: Path, child: lrc
     lrcompile.verify(tmp_path / "out", options=lrcompile.Options(cache=cache), child=child)
 
 
-def test_factors_changed_behind_the_manifest(published: Path, tmp_path: Path, child: lrcompile.Child, cache: Path) -> None:
+def test_factors_changed_behind_the_manifest(
+    published: Path, tmp_path: Path, child: lrcompile.Child, cache: Path
+) -> None:
     """Outputs and hashes made to fit a damaged graph: only the comparison with the original can notice."""
     out, original = tmp_path / "out", published.parent / "model.onnx"
     shutil.copytree(published, out)

@@ -68,12 +68,22 @@ def weight(K: int, N: int, seed: int) -> Array:
 def plan(cache: Path, **budget: object) -> Plan:
     finding = find(decoder())
     problem = prepare(
-        finding, ModelWeights(Cache(cache), 18), None, (factorization("svd-plain"),), Budget(**budget), target="ort-cpu"  # type: ignore[arg-type]
+        finding,
+        ModelWeights(Cache(cache), 18),
+        None,
+        (factorization("svd-plain"),),
+        Budget(**budget),
+        target="ort-cpu",  # type: ignore[arg-type]
     )
     return choose(problem)
 
 
-PLANS = {"keep_0.5": {"keep": 0.5}, "rank_full": {"rank": "full"}, "energy_0.9": {"energy": 0.9}, "rank_4": {"rank": 4}}
+PLANS = {
+    "keep_0.5": {"keep": 0.5},
+    "rank_full": {"rank": "full"},
+    "energy_0.9": {"energy": 0.9},
+    "rank_4": {"rank": 4},
+}
 
 
 @pytest.mark.parametrize("name", PLANS)

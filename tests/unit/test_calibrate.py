@@ -24,11 +24,15 @@ EXACT = 1e-12
 K = 6
 
 
-def calibrated(made: ir.Model, data: Sequence[Mapping[str, Array]], folder: Path, child: OneProcess | None = None) -> tuple[StoredStatistics, Finding]:
+def calibrated(
+    made: ir.Model, data: Sequence[Mapping[str, Array]], folder: Path, child: OneProcess | None = None
+) -> tuple[StoredStatistics, Finding]:
     finding = find(made)
     feeds = open_feeds(list(data), inputs_of(made))
     child = child or OneProcess()
-    statistics = calibrate(made, finding, feeds, "source", target="reference", child=child, cache=Cache(folder))  # type: ignore[arg-type]
+    statistics = calibrate(
+        made, finding, feeds, "source", target="reference", child=child, cache=Cache(folder)
+    )  # type: ignore[arg-type]
     return statistics, finding
 
 
@@ -55,7 +59,12 @@ def chain() -> ir.Model:
         node("MatMul", ["h", "w2"], ["y"], name="second"),
         node("MatMul", ["h", "w3"], ["z"], name="third"),
     ]
-    return model(nodes, {"x": ("b", "s", K)}, ["y", "z"], {"w1": normal(K, 5), "w2": normal(5, 4, seed=1), "w3": normal(5, 3, seed=2)})
+    return model(
+        nodes,
+        {"x": ("b", "s", K)},
+        ["y", "z"],
+        {"w1": normal(K, 5), "w2": normal(5, 4, seed=1), "w3": normal(5, 3, seed=2)},
+    )
 
 
 DATA = [{"x": normal(2, 3, K, seed=i) + 1} for i in range(4)]
@@ -78,7 +87,9 @@ def test_moments(tmp_path: Path) -> None:
             rtol=1e-5, atol=1e-5,
         )  # fmt: skip
     second, third = (next(s for s in finding.sites if s.name == n) for n in ("second", "third"))
-    assert statistics.key(second) == statistics.key(third) != statistics.key(finding.sites[0])  # one value, one tap
+    assert (
+        statistics.key(second) == statistics.key(third) != statistics.key(finding.sites[0])
+    )  # one value, one tap
 
 
 WIRED = {
@@ -105,12 +116,20 @@ def test_rows_are_what_meets_the_matrix(name: str, tmp_path: Path) -> None:
 
 
 def table(mask: bool = True) -> ir.Model:
-    nodes = [node("Gather", ["w", "ids"], ["e"], name="table"), node("MatMul", ["e", "v"], ["y"], name="linear")]
+    nodes = [
+        node("Gather", ["w", "ids"], ["e"], name="table"),
+        node("MatMul", ["e", "v"], ["y"], name="linear"),
+    ]
     inputs: dict[str, Any] = {"ids": (("b", "s"), np.int64)}
     if mask:
         inputs["attention_mask"] = (("b", "s"), np.int64)
         nodes.append(node("Identity", ["attention_mask"], ["m"]))
-    return model(nodes, inputs, {"y": np.float32, **({"m": np.int64} if mask else {})}, {"w": normal(5, 3), "v": normal(3, 4)})
+    return model(
+        nodes,
+        inputs,
+        {"y": np.float32, **({"m": np.int64} if mask else {})},
+        {"w": normal(5, 3), "v": normal(3, 4)},
+    )
 
 
 def test_ids_are_counted(tmp_path: Path) -> None:
@@ -121,7 +140,11 @@ def test_ids_are_counted(tmp_path: Path) -> None:
     share = np.array([2, 5, 0, 0, 2]) / 9  # -1 is the last row
     a = 5 / (5 + 900)
     np.testing.assert_allclose(known.frequencies, (1 - a) * share + a / 5, rtol=EXACT)
-    assert known.frequencies is not None and known.frequencies.sum() == pytest.approx(1, rel=1e-12) and known.frequencies.min() > 0
+    assert (
+        known.frequencies is not None
+        and known.frequencies.sum() == pytest.approx(1, rel=1e-12)
+        and known.frequencies.min() > 0
+    )
 
 
 def test_masked_rows_are_left_out(tmp_path: Path) -> None:
@@ -132,7 +155,9 @@ def test_masked_rows_are_left_out(tmp_path: Path) -> None:
     assert known.count == 3
     np.testing.assert_allclose(unshrunk(known, 3), rows.T @ rows / 3, rtol=EXACT, atol=EXACT)
     assert of(statistics, finding, "table").count == 3
-    np.testing.assert_allclose(np.argsort(of(statistics, finding, "table").frequencies)[:2], [2, 4])  # of equal, unseen rows
+    np.testing.assert_allclose(
+        np.argsort(of(statistics, finding, "table").frequencies)[:2], [2, 4]
+    )  # of equal, unseen rows
 
 
 def test_a_mask_that_does_not_cover_the_rows(tmp_path: Path) -> None:
@@ -141,7 +166,9 @@ def test_a_mask_that_does_not_cover_the_rows(tmp_path: Path) -> None:
         [node("MatMul", ["x", "w"], ["y"], name="linear"), node("Identity", ["attention_mask"], ["m"])],
         {"x": ("b", "s", 3), "attention_mask": (("b", "t"), np.int64)}, {"y": np.float32, "m": np.int64}, {"w": normal(3, 4)},
     )  # fmt: skip
-    statistics, finding = calibrated(made, [{"x": normal(2, 2, 3), "attention_mask": np.zeros((2, 5), np.int64)}], tmp_path)
+    statistics, finding = calibrated(
+        made, [{"x": normal(2, 2, 3), "attention_mask": np.zeros((2, 5), np.int64)}], tmp_path
+    )
     assert of(statistics, finding, "linear").count == 4
 
 
@@ -151,7 +178,9 @@ def test_a_matrix_of_the_masks_shape_is_not_masked(tmp_path: Path) -> None:
         [node("MatMul", ["x", "w"], ["y"], name="linear"), node("Identity", ["attention_mask"], ["m"])],
         {"x": ("b", 3), "attention_mask": (("b", "s"), np.int64)}, {"y": np.float32, "m": np.int64}, {"w": normal(3, 4)},
     )  # fmt: skip
-    statistics, finding = calibrated(made, [{"x": normal(2, 3), "attention_mask": np.array([[1, 1, 0], [1, 0, 0]])}], tmp_path)
+    statistics, finding = calibrated(
+        made, [{"x": normal(2, 3), "attention_mask": np.array([[1, 1, 0], [1, 0, 0]])}], tmp_path
+    )
     assert of(statistics, finding, "linear").count == 2
 
 
@@ -175,11 +204,18 @@ def test_many_rows_in_blocks(tmp_path: Path) -> None:
     x = normal(1, 9000, K)
     statistics, finding = calibrated(chain(), [{"x": x}], tmp_path)
     rows = x[0].astype(np.float64)
-    np.testing.assert_allclose(unshrunk(of(statistics, finding, "first"), K), rows.T @ rows / 9000, rtol=1e-10)
+    np.testing.assert_allclose(
+        unshrunk(of(statistics, finding, "first"), K), rows.T @ rows / 9000, rtol=1e-10
+    )
 
 
 def test_float16_sums_do_not_overflow(tmp_path: Path) -> None:
-    made = model([node("MatMul", ["x", "w"], ["y"], name="first")], {"x": (("b", K), np.float16)}, {"y": np.float16}, {"w": np.zeros((K, 2), np.float16)})
+    made = model(
+        [node("MatMul", ["x", "w"], ["y"], name="first")],
+        {"x": (("b", K), np.float16)},
+        {"y": np.float16},
+        {"w": np.zeros((K, 2), np.float16)},
+    )
     statistics, finding = calibrated(made, [{"x": np.full((100, K), 300, np.float16)}], tmp_path)
     np.testing.assert_allclose(unshrunk(of(statistics, finding, "first"), K), 90000, rtol=1e-9)
 
@@ -208,7 +244,9 @@ def test_other_data_is_not_taken_from_the_cache(tmp_path: Path) -> None:
 
 def test_inputs_alone_need_no_run(tmp_path: Path) -> None:
     """Every site reads a graph input: no engine is built for them."""
-    made = model([node("MatMul", ["x", "w"], ["y"], name="first")], {"x": ("b", "s", K)}, ["y"], {"w": normal(K, 2)})
+    made = model(
+        [node("MatMul", ["x", "w"], ["y"], name="first")], {"x": ("b", "s", K)}, ["y"], {"w": normal(K, 2)}
+    )
     child = OneProcess()
     calibrated(made, DATA, tmp_path, child)
     assert not [c for c in child.calls if c.startswith("build")]
@@ -225,7 +263,9 @@ def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
 def branch(name: str, seed: int) -> onnx.GraphProto:
     tensor = onnx.numpy_helper.from_array(normal(K, 4, seed=seed), f"w_{name}")
     output = helper.make_tensor_value_info(f"{name}_y", TensorProto.FLOAT, None)
-    return helper.make_graph([node("MatMul", ["x", f"w_{name}"], [f"{name}_y"], name=name)], name, [], [output], [tensor])
+    return helper.make_graph(
+        [node("MatMul", ["x", f"w_{name}"], [f"{name}_y"], name=name)], name, [], [output], [tensor]
+    )
 
 
 def test_sites_in_bodies_have_no_statistics(tmp_path: Path) -> None:
@@ -242,7 +282,12 @@ def test_sites_in_bodies_have_no_statistics(tmp_path: Path) -> None:
 
 
 def test_refused_sites_have_no_statistics(tmp_path: Path) -> None:
-    made = model([node("MatMul", ["x", "w"], ["y"], name="stack")], {"x": ("b", 3, K)}, ["y"], {"w": normal(2, 1, K, 2)})
+    made = model(
+        [node("MatMul", ["x", "w"], ["y"], name="stack")],
+        {"x": ("b", 3, K)},
+        ["y"],
+        {"w": normal(2, 1, K, 2)},
+    )
     statistics, finding = calibrated(made, [{"x": normal(2, 3, K)}], tmp_path)
     assert statistics.of(finding.sites[0]) is None
 

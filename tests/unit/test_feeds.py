@@ -31,7 +31,9 @@ def saved(path: Path, **arrays: Array) -> Path:
 # --- files --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("n", "batch", "sizes"), [(16, 8, [8, 8]), (20, 8, [8, 8, 4]), (3, 8, [3]), (4, 1, [1, 1, 1, 1])])
+@pytest.mark.parametrize(
+    ("n", "batch", "sizes"), [(16, 8, [8, 8]), (20, 8, [8, 8, 4]), (3, 8, [3]), (4, 1, [1, 1, 1, 1])]
+)
 def test_arrays_are_cut_along_axis_0(tmp_path: Path, n: int, batch: int, sizes: list[int]) -> None:
     feeds = open_feeds(saved(tmp_path / "d.npz", x=rows(n)), [X], batch)
     assert [len(f["x"]) for f in feeds] == sizes and len(feeds) == len(sizes)
@@ -124,8 +126,14 @@ def test_a_narrower_type_is_widened(tmp_path: Path) -> None:
     ("arrays", "words"),
     [
         ({"x": rows(4), "ids": np.ones((3, 2), np.int64)}, r"differ along axis 0: \[3, 4\]"),
-        ({"x": normal(4, 2, 3), "ids": np.ones((3, 2, 2), np.int64)}, r"different numbers of feeds: \[3, 4\]"),
-        ({"x": normal(4, 2, 3), "ids": np.ones((4, 2), np.int64)}, "x has one axis more than its input, other arrays have not"),
+        (
+            {"x": normal(4, 2, 3), "ids": np.ones((3, 2, 2), np.int64)},
+            r"different numbers of feeds: \[3, 4\]",
+        ),
+        (
+            {"x": normal(4, 2, 3), "ids": np.ones((4, 2), np.int64)},
+            "x has one axis more than its input, other arrays have not",
+        ),
     ],
 )
 def test_arrays_that_do_not_agree(tmp_path: Path, arrays: dict[str, Array], words: str) -> None:
@@ -196,7 +204,9 @@ def test_keys_are_of_the_contents(tmp_path: Path) -> None:
     assert key(rows(2), rows(4)[2:]) != one  # the same numbers, cut elsewhere
     assert open_feeds(saved(tmp_path / "a.npz", x=rows(4)), [X]).key == one  # wherever it lies
     strings = Input("s", np.dtype(object), ("n",))
-    keys = {open_feeds([{"s": np.array(v, object)}], [strings]).key for v in (["a", "b"], ["ab", ""], ["a", "b "])}
+    keys = {
+        open_feeds([{"s": np.array(v, object)}], [strings]).key for v in (["a", "b"], ["ab", ""], ["a", "b "])
+    }
     assert len(keys) == 3
 
 
@@ -221,11 +231,24 @@ def decoder() -> ir.Model:
         "position_ids": (("batch", "sequence"), np.int64), "past_key": ("batch", 2, "past", 4), "flag": ((), np.bool_),
         "steps": ((1,), np.int64), "fixed": (3, None, 5),
     }  # fmt: skip
-    outputs = {"e": np.float32, "f": np.float32, "p": np.float32, "m": np.int64, "k": np.float32, "b": np.bool_, "n": np.int64, "o": np.float32}
-    return model(nodes, inputs, outputs, {"table": normal(50, 3), "small": normal(7, 3), "positions": normal(6, 3)})
+    outputs = {
+        "e": np.float32,
+        "f": np.float32,
+        "p": np.float32,
+        "m": np.int64,
+        "k": np.float32,
+        "b": np.bool_,
+        "n": np.int64,
+        "o": np.float32,
+    }
+    return model(
+        nodes, inputs, outputs, {"table": normal(50, 3), "small": normal(7, 3), "positions": normal(6, 3)}
+    )
 
 
-def one(style: Style = STYLES[0], seed: int = 0, dims: Mapping[str, int] | None = None, like: Any = None) -> dict[str, Array]:
+def one(
+    style: Style = STYLES[0], seed: int = 0, dims: Mapping[str, int] | None = None, like: Any = None
+) -> dict[str, Array]:
     return dict(next(iter(draw(decoder(), style, seed, 1, dims or {}, like))))
 
 
@@ -235,7 +258,9 @@ def test_drawn_feeds_are_legal() -> None:
     for feed in feeds:
         assert run(decoder(), feed)["e"].shape == (2, 8, 3)
         ids = feed["input_ids"]
-        assert ids.shape == (2, 8) and ids.min() >= 0 and ids.max() < 7  # the smaller table binds, through the Cast
+        assert (
+            ids.shape == (2, 8) and ids.min() >= 0 and ids.max() < 7
+        )  # the smaller table binds, through the Cast
         assert feed["past_key"].shape == (2, 2, 0, 4)
         assert feed["attention_mask"].shape == (2, 8) and (feed["attention_mask"] == 1).all()
         assert feed["position_ids"].max() < 6 and feed["position_ids"][0, :3].tolist() == [0, 1, 2]
@@ -266,7 +291,9 @@ def test_integers_without_a_bound() -> None:
         if style.needs_data and style.integers != "copy":
             continue
         steps = one(style, like=like)["steps"]
-        assert {"copy": steps == 41, "ones": steps == 1, "zeros": steps == 0, "random": 0 <= steps < 3}[style.integers]
+        assert {"copy": steps == 41, "ones": steps == 1, "zeros": steps == 0, "random": 0 <= steps < 3}[
+            style.integers
+        ]
 
 
 def test_nothing_else_of_the_users_data_is_copied() -> None:
@@ -284,7 +311,9 @@ def test_inputs_of() -> None:
         defaults=["w"],
     )  # fmt: skip
     assert inputs_of(made) == (Input("x", np.dtype(np.float64), ("n", None, 2)),)  # a default need not be fed
-    bf16 = model([node("Identity", ["x"], ["y"])], {"x": ((1,), ml_dtypes.bfloat16)}, {"y": ml_dtypes.bfloat16})
+    bf16 = model(
+        [node("Identity", ["x"], ["y"])], {"x": ((1,), ml_dtypes.bfloat16)}, {"y": ml_dtypes.bfloat16}
+    )
     (given,) = inputs_of(bf16)
     assert given.dtype == ml_dtypes.bfloat16
     feed = next(iter(draw(bf16, STYLES[0], 0, 1, {})))

@@ -60,14 +60,18 @@ def test_scaling_moves_no_cosine_but_everything_else() -> None:
 
 def test_rows_of_zeros() -> None:
     assert figures([[0, 0], [1, 0]], [[0, 0], [1, 0]]).cosine == 1
-    assert figures([[0, 0], [1, 0]], [[0, 1], [1, 0]]).cosine == 0.5  # a row that was nothing has become something
+    assert (
+        figures([[0, 0], [1, 0]], [[0, 1], [1, 0]]).cosine == 0.5
+    )  # a row that was nothing has become something
     lost = figures([[0.0, 0.0]], [[0, 1e-9]])
     assert lost.relative_l2 == INF and lost.snr_db == -INF
 
 
 def test_scalars_and_vectors_are_one_row() -> None:
     assert moved(np.float64(2.0), np.float64(-2.0)).evidence(0).cosine == -1
-    assert moved(np.array([3.0, 4.0]), np.array([4.0, 3.0])).evidence(0).cosine == pytest.approx(24 / 25, abs=EXACT)
+    assert moved(np.array([3.0, 4.0]), np.array([4.0, 3.0])).evidence(0).cosine == pytest.approx(
+        24 / 25, abs=EXACT
+    )
     assert moved(np.ones((2, 3, 4)), np.ones((2, 3, 4))).rows == 6
 
 
@@ -95,7 +99,9 @@ def test_kl_and_top1_by_hand() -> None:
     wanted = 0.5 * math.log(2) + 0.5 * math.log(2 / 3)
     assert known.kl == pytest.approx(wanted / 2, abs=EXACT)  # the second row did not move
     assert known.top1 == 0.5  # of two equal entries the first is the largest
-    assert figures([[0.0, 1, 2]], [[100.0, 101, 102]], "logits").kl == pytest.approx(0, abs=1e-10)  # a shift changes no probability
+    assert figures([[0.0, 1, 2]], [[100.0, 101, 102]], "logits").kl == pytest.approx(
+        0, abs=1e-10
+    )  # a shift changes no probability
 
 
 def test_kl_does_not_overflow() -> None:
@@ -117,7 +123,17 @@ def test_a_finite_number_became_something_else(bad: float) -> None:
     assert movement.problem == "NaN or infinite values where the original's are finite"
 
 
-@pytest.mark.parametrize(("a", "b", "drift"), [(NAN, NAN, False), (INF, INF, False), (INF, -INF, True), (INF, NAN, True), (NAN, 1.0, True), (INF, 1.0, True)])
+@pytest.mark.parametrize(
+    ("a", "b", "drift"),
+    [
+        (NAN, NAN, False),
+        (INF, INF, False),
+        (INF, -INF, True),
+        (INF, NAN, True),
+        (NAN, 1.0, True),
+        (INF, 1.0, True),
+    ],
+)
 def test_the_original_is_not_finite_there(a: float, b: float, drift: bool) -> None:
     movement = moved([1.0, a], [1.0, b])
     assert (movement.drift, movement.problem) == (drift, "")
@@ -156,7 +172,13 @@ def test_nothing_at_all() -> None:
     movement = moved(np.zeros((0, 4)), np.zeros((0, 4)))
     assert (movement.count, movement.problem) == (0, "")
     known = movement.evidence(0.5)
-    assert (known.relative_l2, known.snr_db, known.cosine, known.max_abs, known.noise_floor) == (0, None, 1.0, 0, 0.5)
+    assert (known.relative_l2, known.snr_db, known.cosine, known.max_abs, known.noise_floor) == (
+        0,
+        None,
+        1.0,
+        0,
+        0.5,
+    )
     assert moved(np.zeros((2, 0)), np.zeros((2, 0))).count == 0
 
 
@@ -175,6 +197,15 @@ def test_float16_sums_do_not_overflow() -> None:
 def test_complex() -> None:
     known = moved(np.array([[3 + 4j]]), np.array([[3 - 4j]])).evidence(0)
     assert known.relative_l2 == pytest.approx(8 / 5, abs=EXACT) and known.max_abs == 8
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_largest_of_all_feeds(order: int) -> None:
+    """Whichever feed comes last: the peak steers what is allowed, the largest difference is what is judged."""
+    movement = Movement("y")
+    for a, b in [(5.0, 5.5), (-1.0, -1.0)][::order]:
+        movement.add(np.array([a]), np.array([b]))
+    assert (movement.peak, movement.largest, movement.count) == (5.0, 0.5, 2)
 
 
 def test_resolution() -> None:

@@ -53,7 +53,11 @@ def test_shared() -> None:
 
 
 def test_shared_and_transposed() -> None:
-    nodes = [matmul("x", "w", "y"), node("Transpose", ["w"], ["t"]), node("MatMul", ["z", "t"], ["u"], name="back")]
+    nodes = [
+        matmul("x", "w", "y"),
+        node("Transpose", ["w"], ["t"]),
+        node("MatMul", ["z", "t"], ["u"], name="back"),
+    ]
     group = only(readers(*nodes, w=W), "shared")
     assert (group.transposed, group.elements, group.keeper) == ((False, True), 24, "")
 
@@ -75,13 +79,22 @@ def test_tied(head: list[onnx.NodeProto]) -> None:
 def test_tied_through_casts_of_their_own() -> None:
     """Each reader has its own Cast of the one constant: the same numbers for the same reason."""
     casts = [node("Cast", ["w"], [n], to=1) for n in ("c", "d")]
-    made = readers(*casts, node("Gather", ["c", "ids"], ["y"]), node("Gemm", ["z", "d"], ["u"], transB=1), w=W.astype(np.float16))
+    made = readers(
+        *casts,
+        node("Gather", ["c", "ids"], ["y"]),
+        node("Gemm", ["z", "d"], ["u"], transB=1),
+        w=W.astype(np.float16),
+    )
     assert only(made, "tied").elements == 24
 
 
 def test_one_constant_read_as_two_matrices() -> None:
     """Reshaped for one reader: neither the same matrix nor a transpose. Each keeps the constant in the file for the other."""
-    nodes = [matmul("x", "w", "y"), node("Reshape", ["w", "s"], ["r"]), node("MatMul", ["z", "r"], ["u"], name="reshaped")]
+    nodes = [
+        matmul("x", "w", "y"),
+        node("Reshape", ["w", "s"], ["r"]),
+        node("MatMul", ["z", "r"], ["u"], name="reshaped"),
+    ]
     found = find(readers(*nodes, w=W, s=np.array([4, 6])))
     assert [(g.kind, g.keeper) for g in found.units] == [("alone", "Reshape"), ("alone", "w")]
 
@@ -89,7 +102,11 @@ def test_one_constant_read_as_two_matrices() -> None:
 def test_who_keeps_a_weight() -> None:
     relu = node("Relu", ["w"], ["r"], name="other")
     assert only(readers(matmul("x", "w", "y"), relu, w=W), "alone").keeper == "other"
-    through = [node("Transpose", ["w"], ["t"]), node("MatMul", ["z", "t"], ["y"]), node("Relu", ["t"], ["r"], name="other")]
+    through = [
+        node("Transpose", ["w"], ["t"]),
+        node("MatMul", ["z", "t"], ["y"]),
+        node("Relu", ["t"], ["r"], name="other"),
+    ]
     assert only(readers(*through, w=W), "alone").keeper == "other"
     # the same tensor once more as the data of its own reader's sibling: a weight times itself is nobody's activation
     assert only(readers(matmul("x", "w", "y"), w=W), "alone").keeper == ""
@@ -103,7 +120,13 @@ def ints(*numbers: int) -> Array:
 
 
 def attention(
-    *, bias: bool = True, mask: bool = False, cache: bool = False, repeat: int = 1, dynamic: bool = False, stray: bool = False
+    *,
+    bias: bool = True,
+    mask: bool = False,
+    cache: bool = False,
+    repeat: int = 1,
+    dynamic: bool = False,
+    stray: bool = False,
 ) -> ir.Model:
     """x -> q, k, v -> heads -> probabilities @ values -> heads together -> Wo.
 
@@ -172,7 +195,13 @@ VARIANTS = {
     "rows masked (torch)": {"mask": True, "dynamic": True},
     "cache": {"cache": True, "bias": False},
     "grouped queries": {"repeat": 2, "bias": False},
-    "grouped queries, cache, mask": {"repeat": 2, "bias": False, "cache": True, "mask": True, "dynamic": True},
+    "grouped queries, cache, mask": {
+        "repeat": 2,
+        "bias": False,
+        "cache": True,
+        "mask": True,
+        "dynamic": True,
+    },
 }
 
 
@@ -185,7 +214,12 @@ def test_attention(name: str) -> None:
     group = only(made, "value_output")
     assert not group.shares_weight and group.transposed == (False, False)
     assert group.name == "value_output:wv"
-    assert [len(g.sites) for g in find(made).units] == [1, 1, 1, 1]  # overlapping groups do not take sites away
+    assert [len(g.sites) for g in find(made).units] == [
+        1,
+        1,
+        1,
+        1,
+    ]  # overlapping groups do not take sites away
 
 
 def test_attention_with_something_else_mixed_in() -> None:
@@ -208,8 +242,19 @@ def test_no_attention_without_two_projections() -> None:
 
 def ffn(*between: onnx.NodeProto, gated: bool = False, outputs: tuple[str, ...] = ("y",)) -> ir.Model:
     """u = x Wu (g = x Wg), h by the nodes between, y = h Wd."""
-    constants = {"wu": normal(WIDTH, 12), "wg": normal(WIDTH, 12, seed=1), "wd": normal(12, WIDTH), "b": normal(12), "two": np.float32(2)}
-    nodes = [matmul("x", "wu", "u"), *([matmul("x", "wg", "g")] if gated else []), *between, matmul("h", "wd", "y")]
+    constants = {
+        "wu": normal(WIDTH, 12),
+        "wg": normal(WIDTH, 12, seed=1),
+        "wd": normal(12, WIDTH),
+        "b": normal(12),
+        "two": np.float32(2),
+    }
+    nodes = [
+        matmul("x", "wu", "u"),
+        *([matmul("x", "wg", "g")] if gated else []),
+        *between,
+        matmul("h", "wd", "y"),
+    ]
     used = {v for n in nodes for v in n.input}
     return model(nodes, X, outputs, {n: c for n, c in constants.items() if n in used}, opset=20)
 
@@ -242,7 +287,12 @@ def test_two_readers_that_do_not_meet() -> None:
 def test_the_hidden_activation_goes_elsewhere() -> None:
     """Cutting the hidden width would change what somebody else sees."""
     assert groups(ffn(node("Relu", ["u"], ["h"]), outputs=("y", "h")), "up_down") == []
-    assert groups(ffn(node("Relu", ["u"], ["h"]), node("ReduceSum", ["u"], ["r"]), outputs=("y", "r")), "up_down") == []
+    assert (
+        groups(
+            ffn(node("Relu", ["u"], ["h"]), node("ReduceSum", ["u"], ["r"]), outputs=("y", "r")), "up_down"
+        )
+        == []
+    )
 
 
 def test_the_hidden_activation_is_no_longer_element_wise() -> None:

@@ -27,9 +27,13 @@ from tests.graphs import Array, model, node, normal, weights
 PLAIN, SVD, DENSE = factorization("svd-plain"), factorization("svd"), factorization("dense")
 
 
-def linears(*shapes: tuple[int, int], extra: list[onnx.NodeProto] | None = None, **constants: Array) -> ir.Model:
+def linears(
+    *shapes: tuple[int, int], extra: list[onnx.NodeProto] | None = None, **constants: Array
+) -> ir.Model:
     """A MatMul each, named layer0, layer1, .. with inputs x0, x1, .."""
-    nodes = [node("MatMul", [f"x{i}", f"w{i}"], [f"y{i}"], name=f"layer{i}") for i in range(len(shapes))] + (extra or [])
+    nodes = [node("MatMul", [f"x{i}", f"w{i}"], [f"y{i}"], name=f"layer{i}") for i in range(len(shapes))] + (
+        extra or []
+    )
     held = {f"w{i}": normal(*s, seed=i) for i, s in enumerate(shapes)} | constants
     inputs: dict[str, Any] = {f"x{i}": ("n", s[0]) for i, s in enumerate(shapes)}
     if any("ids" in n.input for n in nodes):
@@ -114,7 +118,10 @@ def test_refused_weights_count_and_cannot_shrink() -> None:
     plan = choose(problem_)
     assert by_name(plan)["layer0"].parameters_after == 40  # 0.8 of 300 is 240, of which 200 stay
     assert by_name(plan)["stack"].reason == "the weight is a stack of 2 matrices"
-    with pytest.raises(BudgetError, match=r"--keep 0\.5 cannot be met: the least that can be kept is 0\.733 of the 300 .* 200 of which"):
+    with pytest.raises(
+        BudgetError,
+        match=r"--keep 0\.5 cannot be met: the least that can be kept is 0\.733 of the 300 .* 200 of which",
+    ):
         choose(problem(made, Budget(keep=0.5)))
 
 
@@ -123,7 +130,10 @@ def test_a_weight_that_another_node_keeps_is_not_rewritten() -> None:
     other = node("Relu", ["w0"], ["z"], name="reader")
     made = linears((10, 10), (10, 10), extra=[other])
     plan = planned(made, Budget(keep=0.9))
-    assert by_name(plan)["layer0"].reason == "reader reads the weight too and keeps it in the file: factors would only add to it"
+    assert (
+        by_name(plan)["layer0"].reason
+        == "reader reads the weight too and keeps it in the file: factors would only add to it"
+    )
     assert by_name(plan)["layer1"].parameters_after == 80 and not by_name(plan)["layer0"].rewrites
     assert planned(made, Budget(rank=2)).rewritten[0].group == "layer1"
     assert len(planned(made, Budget(rank="full")).rewritten) == 2
@@ -132,7 +142,9 @@ def test_a_weight_that_another_node_keeps_is_not_rewritten() -> None:
 def test_a_weight_with_a_taken_and_a_refused_reader_counts_once() -> None:
     reshape = node("Unsqueeze", ["w0", "axis"], ["inner"])
     stack = node("Gather", ["inner", "ids"], ["z"], name="odd")  # a table of rank 3
-    problem_ = problem(linears((10, 10), extra=[reshape, stack], axis=np.array([0])), Budget(keep=0.9), include=".")
+    problem_ = problem(
+        linears((10, 10), extra=[reshape, stack], axis=np.array([0])), Budget(keep=0.9), include="."
+    )
     assert (problem_.total, problem_.fixed) == (100, 100)
 
 
@@ -144,12 +156,16 @@ def test_energy(energy: float) -> None:
     made = linears((20, 20), (20, 8))
     for d in planned(made, Budget(energy=energy)).decisions:
         i = int(d.group[-1])
-        sigma = np.linalg.svd(made.graph.initializers[f"w{i}"].const_value.numpy().astype(np.float64), compute_uv=False)
+        sigma = np.linalg.svd(
+            made.graph.initializers[f"w{i}"].const_value.numpy().astype(np.float64), compute_uv=False
+        )
         held = np.cumsum(sigma**2) / np.sum(sigma**2)
         rank = int(np.argmax(held >= energy)) + 1
         K, N = made.graph.initializers[f"w{i}"].const_value.shape.numpy()
         if rank * (K + N) < K * N:
-            assert d.rank == rank and d.reason.startswith(f"smallest rank that holds {energy:g} of the energy")
+            assert d.rank == rank and d.reason.startswith(
+                f"smallest rank that holds {energy:g} of the energy"
+            )
         else:
             assert not d.rewrites and d.reason == f"no rank below break-even holds {energy:g} of the energy"
 
@@ -160,7 +176,10 @@ def test_rank() -> None:
     assert decisions["layer0"].rank == 5 and decisions["layer0"].reason.startswith("rank as asked")
     assert decisions["layer1"].reason == "the weight has at most rank 4"
     assert decisions["layer2"].reason == "the weight has at most rank 2"
-    assert by_name(planned(linears((6, 4)), Budget(rank=3)))["layer0"].reason == "rank 3 would take as many parameters as the weight"
+    assert (
+        by_name(planned(linears((6, 4)), Budget(rank=3)))["layer0"].reason
+        == "rank 3 would take as many parameters as the weight"
+    )
 
 
 HEAD = [
@@ -178,7 +197,10 @@ def tied(**more: Array) -> ir.Model:
 
 def test_full_rank_takes_everything_whatever_it_costs() -> None:
     plan = planned(tied(), Budget(rank="full"))
-    assert {d.group: (d.method, d.rank) for d in plan.decisions} == {"layer0": ("svd-plain", 10), "table": ("svd-plain", 10)}
+    assert {d.group: (d.method, d.rank) for d in plan.decisions} == {
+        "layer0": ("svd-plain", 10),
+        "table": ("svd-plain", 10),
+    }
     assert all(d.parameters_after > d.parameters_before for d in plan.decisions)
     plan = planned(tied(), Budget(rank="full"), methods=(SVD,))  # without data, too
     assert len(plan.rewritten) == 2
@@ -187,18 +209,26 @@ def test_full_rank_takes_everything_whatever_it_costs() -> None:
 # --- who is eligible ----------------------------------------------------------------------------------------------
 
 
-def eligible(made: ir.Model, include: str | None = None, exclude: str | None = None, **budget: Any) -> tuple[set[str], int, dict[str, str]]:
+def eligible(
+    made: ir.Model, include: str | None = None, exclude: str | None = None, **budget: Any
+) -> tuple[set[str], int, dict[str, str]]:
     """Groups that are rewritten, the parameters that count, and the reasons of the others."""
     problem_ = problem(made, Budget(**(budget or {"keep": 0.7})), include=include, exclude=exclude)
     plan = choose(problem_)
-    return {d.group for d in plan.rewritten}, problem_.total, {d.group: d.reason for d in plan.decisions if not d.rewrites}
+    return (
+        {d.group for d in plan.rewritten},
+        problem_.total,
+        {d.group: d.reason for d in plan.decisions if not d.rewrites},
+    )
 
 
 def test_tables_and_tied_heads_are_not_eligible() -> None:
     names, total, reasons = eligible(tied())
     assert names == {"layer0"} and total == 100
     assert reasons == {"table": "a Gather weight takes part only when --include names it"}
-    alone = linears((10, 10), extra=[node("Gather", ["table", "ids"], ["e"], name="table")], table=normal(12, 10))
+    alone = linears(
+        (10, 10), extra=[node("Gather", ["table", "ids"], ["e"], name="table")], table=normal(12, 10)
+    )
     assert eligible(alone)[:2] == ({"layer0"}, 100)
 
 
@@ -213,7 +243,9 @@ def test_exclude_takes_away() -> None:
     made = linears((10, 10), (10, 10))
     assert eligible(made, exclude="0")[:2] == ({"layer1"}, 100)
     assert eligible(made, exclude="0")[2] == {"layer0": "excluded by name"}
-    names, total, reasons = eligible(tied(), include=".", exclude="head")  # one reader excluded is enough: the weight is one
+    names, total, reasons = eligible(
+        tied(), include=".", exclude="head"
+    )  # one reader excluded is enough: the weight is one
     assert (names, total, reasons) == ({"layer0"}, 100, {"table": "excluded by name"})
     assert eligible(tied(), include="layer", exclude="layer", keep=1.0)[:2] == (set(), 0)
 
@@ -238,7 +270,12 @@ def test_full_rank_can_be_excluded_from() -> None:
 
 def test_reasons_of_methods_and_targets() -> None:
     made = linears((10, 10))
-    plan = planned(made, Budget(keep=0.99999), methods=(PLAIN,), supports=lambda d: Refusal("no kernel for it") if d.rank != 3 else None)
+    plan = planned(
+        made,
+        Budget(keep=0.99999),
+        methods=(PLAIN,),
+        supports=lambda d: Refusal("no kernel for it") if d.rank != 3 else None,
+    )
     assert [d.rank for d in plan.decisions] == [3]
     with pytest.raises(BudgetError, match="100 of which cannot be rewritten"):
         planned(made, Budget(keep=0.5), methods=(DENSE,))
@@ -253,7 +290,10 @@ def test_quantized_weights_are_not_blown_up() -> None:
     nodes = [node("DequantizeLinear", ["w", "s"], ["v"]), node("MatMul", ["x", "v"], ["y"], name="layer")]
     made = model(nodes, {"x": ("n", 40)}, ["y"], {"w": np.ones((40, 40), np.int8), "s": np.float32(1)})
     plan = planned(made, Budget(rank=15))
-    assert plan.decisions[0].reason == "its factors would take more bytes than the weight does in its own type (1,600)"
+    assert (
+        plan.decisions[0].reason
+        == "its factors would take more bytes than the weight does in its own type (1,600)"
+    )
     assert planned(made, Budget(rank=4)).decisions[0].bytes_after == 4 * 80 * 4
 
 
@@ -284,13 +324,21 @@ def test_json_that_is_not_a_plan(edit: Callable[[Any], object]) -> None:
 
 
 def held(plan: Plan, made: ir.Model, target: str = "ort-cpu") -> Plan:
-    return check_plan(plan, find(made), {"svd": SVD, "svd-plain": PLAIN, "dense": DENSE}, weights(), None, target)
+    return check_plan(
+        plan, find(made), {"svd": SVD, "svd-plain": PLAIN, "dense": DENSE}, weights(), None, target
+    )
 
 
 def test_an_edited_plan_is_priced_anew() -> None:
     made = linears((20, 20), (20, 10))
     plan = planned(made, Budget(rank=3))
-    edited = replace(plan, decisions=(replace(plan.decisions[0], rank=5, claimed_error=0.0, parameters_after=1), *plan.decisions[1:]))
+    edited = replace(
+        plan,
+        decisions=(
+            replace(plan.decisions[0], rank=5, claimed_error=0.0, parameters_after=1),
+            *plan.decisions[1:],
+        ),
+    )
     checked = held(edited, made)
     assert checked.decisions[0] == planned(made, Budget(rank=5)).decisions[0]
     assert checked.decisions[1] == plan.decisions[1]
@@ -312,7 +360,9 @@ def test_an_edited_plan_is_priced_anew() -> None:
     ],
 )
 def test_plans_that_do_not_fit(change: dict[str, Any], words: str) -> None:
-    made = linears((10, 10), extra=[node("MatMul", ["x0", "stack"], ["z"], name="stack")], stack=normal(2, 10, 10))
+    made = linears(
+        (10, 10), extra=[node("MatMul", ["x0", "stack"], ["z"], name="stack")], stack=normal(2, 10, 10)
+    )
     plan = planned(made, Budget(rank=2))
     with pytest.raises(UsageError) as caught:
         held(replace(plan, decisions=(replace(plan.decisions[0], **change), *plan.decisions[1:])), made)
@@ -408,7 +458,11 @@ def test_coarse_ranks(threshold: int) -> None:
 def test_budgets_and_given_plans_are_not_searched() -> None:
     made = linears((10, 10))
     limit = (Limit("cosine", 0.99),)
-    for budget in (Budget(keep=0.5, max_error=limit), Budget(rank=2, max_error=limit), Budget(energy=0.5, max_error=limit)):
+    for budget in (
+        Budget(keep=0.5, max_error=limit),
+        Budget(rank=2, max_error=limit),
+        Budget(energy=0.5, max_error=limit),
+    ):
         assert len(simulate(problem(made, budget), lambda plan: False)) == 1
     limited = problem(made, LIMITED)
     given = planned(made, Budget(rank=2))  # a plan of the user's has no ratio
@@ -437,7 +491,10 @@ def test_every_site_has_exactly_one_decision() -> None:
     plan = planned(made, Budget(keep=0.5))
     assert sorted(n for d in plan.decisions for n in d.sites) == sorted(s.name for s in finding.sites)
     assert all(isinstance(g, Group) for g in finding.units)
-    assert str(plan).splitlines()[-1] == "1 of 2 groups rewritten for ort-cpu; 160 of 220 parameters kept (0.727)"
+    assert (
+        str(plan).splitlines()[-1]
+        == "1 of 2 groups rewritten for ort-cpu; 160 of 220 parameters kept (0.727)"
+    )
 
 
 def test_the_cache_of_weights_is_used(tmp_path: Path) -> None:

@@ -60,7 +60,9 @@ def package(folder: Path, dense: bool = False) -> Package:
     model = lower(neutral.clone(), ()) if neutral is not None else None
     figures = OutputEvidence(0.1, None, 0.9, float("inf"))
     evidence = Evidence((("y", figures),), "ran", "here", "passed")
-    return Package(source, finding, plan, sets, model, neutral, evidence, Options(target="reference", budget=budget), ())
+    return Package(
+        source, finding, plan, sets, model, neutral, evidence, Options(target="reference", budget=budget), ()
+    )
 
 
 def report(document: Mapping[str, Any], notes: Sequence[str]) -> str:
@@ -81,7 +83,11 @@ def test_what_lies_there(tmp_path: Path) -> None:
     names = {"model.onnx", "neutral.onnx", "inputs.json", "outputs.json", "config.yaml", "report.html"}
     assert {p.name for p in folder.iterdir()} == names | {"lrcompile.json"}
     assert set(document["files"]) == names
-    assert check_folder(folder) == json.loads((folder / "lrcompile.json").read_text()) == json.loads(json.dumps(document))
+    assert (
+        check_folder(folder)
+        == json.loads((folder / "lrcompile.json").read_text())
+        == json.loads(json.dumps(document))
+    )
     assert document["files"] == fingerprints(folder)
     onnx.checker.check_model(onnx.shape_inference.infer_shapes(onnx.load(folder / "model.onnx")))
 
@@ -101,9 +107,25 @@ def test_the_manifest_by_hand(tmp_path: Path) -> None:
     sites = {s["name"]: s for s in document["sites"]}
     assert list(sites) == ["one", "two", "stack"]
     one, two, stack = sites.values()
-    assert (one["method"], one["rank"], one["storage"], one["parameters_before"], one["parameters_after"]) == ("svd-plain", 2, "float", 120, 44)
-    assert (two["method"], two["parameters_before"], two["parameters_after"]) == ("svd-plain", 0, 0)  # the weight counts once
-    assert (stack["method"], stack["rank"], stack["storage"], stack["parameters_before"], stack["parameters_after"]) == ("dense", None, None, 30, 30)
+    assert (
+        one["method"],
+        one["rank"],
+        one["storage"],
+        one["parameters_before"],
+        one["parameters_after"],
+    ) == ("svd-plain", 2, "float", 120, 44)
+    assert (two["method"], two["parameters_before"], two["parameters_after"]) == (
+        "svd-plain",
+        0,
+        0,
+    )  # the weight counts once
+    assert (
+        stack["method"],
+        stack["rank"],
+        stack["storage"],
+        stack["parameters_before"],
+        stack["parameters_after"],
+    ) == ("dense", None, None, 30, 30)
     assert stack["reason"] == "the weight is a stack of 3 matrices" and stack["measured_error"] is None
     assert one["measured_error"] == made.sets[0].measured and one["weight_shape"] == [12, 10]
     # 15 rows at the first feed, two readers: 2 * 120 a row dense, 2 * 2 * 22 as factors; the stack is not ours and not counted
@@ -119,7 +141,10 @@ def test_the_manifest_by_hand(tmp_path: Path) -> None:
 
 def test_equal_bytes_wherever_it_is_written(tmp_path: Path) -> None:
     (a, one, _), (b, two, _) = written(tmp_path, "here"), written(tmp_path, "there/else")
-    assert one["files"] == two["files"] and (a / "lrcompile.json").read_bytes() == (b / "lrcompile.json").read_bytes()
+    assert (
+        one["files"] == two["files"]
+        and (a / "lrcompile.json").read_bytes() == (b / "lrcompile.json").read_bytes()
+    )
 
 
 def test_nothing_of_this_machine(tmp_path: Path) -> None:
@@ -127,7 +152,9 @@ def test_nothing_of_this_machine(tmp_path: Path) -> None:
     for path in folder.iterdir():
         data = path.read_bytes()
         assert str(tmp_path).encode() not in data, path.name
-        assert len(platform.node()) < 5 or platform.node().encode() not in data, path.name  # a short one may stand in base64
+        assert len(platform.node()) < 5 or platform.node().encode() not in data, (
+            path.name
+        )  # a short one may stand in base64
         if path.suffix in (".json", ".yaml"):
             assert not re.search(rb"20\d\d-\d\d-\d\d", data), path.name
 
@@ -157,7 +184,9 @@ def test_external_files_keep_their_names(name: str, tmp_path: Path) -> None:
     assert (tmp_path / "out" / name).read_bytes() == (tmp_path / name).read_bytes()
     assert (tmp_path / "out/model.onnx").read_bytes() == (tmp_path / "m.onnx").read_bytes()
     feed = FEEDS[0]
-    np.testing.assert_array_equal(run(onnx.load(tmp_path / "out/model.onnx"), feed)["y"], run(original(), feed)["y"])
+    np.testing.assert_array_equal(
+        run(onnx.load(tmp_path / "out/model.onnx"), feed)["y"], run(original(), feed)["y"]
+    )
 
 
 @pytest.mark.parametrize("name", ["report.html", "lrcompile.json", "model.onnx.data", "inputs.json"])
@@ -173,7 +202,9 @@ def test_a_model_in_memory_has_no_bytes_to_keep(tmp_path: Path) -> None:
     np.testing.assert_array_equal(run(onnx.load(path), FEEDS[0])["y"], run(original(), FEEDS[0])["y"])
 
 
-@pytest.mark.parametrize(("count", "megabytes", "kept"), [(3, 1, 3), (20, 1, 8), (8, 5, 3), (4, 4, 4), (2, 9, 1), (0, 1, 0)])
+@pytest.mark.parametrize(
+    ("count", "megabytes", "kept"), [(3, 1, 3), (20, 1, 8), (8, 5, 3), (4, 4, 4), (2, 9, 1), (0, 1, 0)]
+)
 def test_as_many_feeds_as_may_be_published(count: int, megabytes: int, kept: int) -> None:
     feeds: list[dict[str, Array]] = [{"x": np.empty(megabytes * 1_000_000, np.int8)} for _ in range(count)]
     chosen = small_enough(feeds)

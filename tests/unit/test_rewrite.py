@@ -41,7 +41,9 @@ def ops(graph: ir.Graph | ir.Function) -> list[str]:
 
 
 def legal(made: ir.Model) -> None:
-    onnx.checker.check_model(onnx.shape_inference.infer_shapes(ir.to_proto(made), check_type=True, strict_mode=True))
+    onnx.checker.check_model(
+        onnx.shape_inference.infer_shapes(ir.to_proto(made), check_type=True, strict_mode=True)
+    )
 
 
 def network(**options: Any) -> ir.Model:
@@ -62,9 +64,16 @@ def test_the_neutral_form(tmp_path: Path) -> None:
     assert ops(neutral.graph) == ["/layers.0/MatMul/svd-plain", "Add", "Relu"]
     call, add, _ = neutral.graph
     assert call.domain == "lrcompile" and neutral.opset_imports["lrcompile"] == 1
-    assert list(call.inputs) == [neutral.graph.inputs[0], *(neutral.graph.initializers[f"/layers.0/MatMul/svd-plain/{n}"] for n in "ab")]
+    assert list(call.inputs) == [
+        neutral.graph.inputs[0],
+        *(neutral.graph.initializers[f"/layers.0/MatMul/svd-plain/{n}"] for n in "ab"),
+    ]
     assert add.inputs[0] is call.outputs[0] and call.outputs[0].name == "p"
-    assert set(neutral.graph.initializers) == {"b", "/layers.0/MatMul/svd-plain/a", "/layers.0/MatMul/svd-plain/b"}
+    assert set(neutral.graph.initializers) == {
+        "b",
+        "/layers.0/MatMul/svd-plain/a",
+        "/layers.0/MatMul/svd-plain/b",
+    }
     (function,) = neutral.functions.values()
     assert ops(function) == ["MatMul", "MatMul"] and len(function.inputs) == 3
     first, second = function
@@ -82,7 +91,11 @@ def test_lowered_it_is_plain_onnx(tmp_path: Path) -> None:
     assert ops(lowered.graph) == ["MatMul", "MatMul", "Add", "Relu"]
     assert not lowered.functions and "lrcompile" not in lowered.opset_imports
     first, second, add, _ = lowered.graph
-    assert first.inputs[0] is lowered.graph.inputs[0] and second.inputs[0] is first.outputs[0] and add.inputs[0] is second.outputs[0]
+    assert (
+        first.inputs[0] is lowered.graph.inputs[0]
+        and second.inputs[0] is first.outputs[0]
+        and add.inputs[0] is second.outputs[0]
+    )
     names = [n.name for n in lowered.graph]
     assert len(set(names)) == 4 and names[0] is not None and names[0].startswith("/layers.0/MatMul/svd-plain")
     legal(lowered)
@@ -93,7 +106,10 @@ def test_lowered_it_is_plain_onnx(tmp_path: Path) -> None:
 def test_names_that_are_taken(tmp_path: Path) -> None:
     """The file already has what we would call ours: nobody's name is changed, and nothing is overwritten."""
     taken = "/layers.0/MatMul/svd-plain"
-    nodes = [node("MatMul", ["x", "w"], ["p"], name="/layers.0/MatMul"), node("Add", ["p", f"{taken}/a"], [taken], name=f"{taken}_1")]
+    nodes = [
+        node("MatMul", ["x", "w"], ["p"], name="/layers.0/MatMul"),
+        node("Add", ["p", f"{taken}/a"], [taken], name=f"{taken}_1"),
+    ]
     nodes.append(node("Identity", [taken], ["y"], name=taken))
     made = model(nodes, {"x": ("n", K)}, ["y"], {"w": normal(K, N), f"{taken}/a": normal(N)})
     lowered = lower(rewrite(made, sets_of(made, tmp_path)), ())
@@ -116,12 +132,20 @@ def tied() -> ir.Model:
 def test_readers_of_one_weight_share_its_factors(tmp_path: Path) -> None:
     made = tied()
     neutral = rewrite(made, sets_of(made, tmp_path))
-    assert len(neutral.functions) == 2 and set(neutral.graph.initializers) == {"table/svd-plain/a", "table/svd-plain/b"}
+    assert len(neutral.functions) == 2 and set(neutral.graph.initializers) == {
+        "table/svd-plain/a",
+        "table/svd-plain/b",
+    }
     table, head = neutral.graph  # the Transpose went with the weight
     assert table.inputs[1] is head.inputs[1] and table.inputs[2] is head.inputs[2]
-    assert [ops(f) for f in neutral.functions.values()] == [["Gather", "MatMul"], ["Transpose", "Transpose", "MatMul", "MatMul"]]
+    assert [ops(f) for f in neutral.functions.values()] == [
+        ["Gather", "MatMul"],
+        ["Transpose", "Transpose", "MatMul", "MatMul"],
+    ]
     feed = {"ids": np.array([1, -1, 0])}
-    np.testing.assert_allclose(run(lower(neutral, ()), feed)["y"], run(made, feed)["y"], atol=ROUNDING, rtol=0)
+    np.testing.assert_allclose(
+        run(lower(neutral, ()), feed)["y"], run(made, feed)["y"], atol=ROUNDING, rtol=0
+    )
 
 
 @pytest.mark.parametrize("reader", ["weight", "transposed"])
@@ -136,7 +160,9 @@ def test_what_somebody_else_reads_stays(reader: str, tmp_path: Path) -> None:
     neutral = rewrite(made, sets_of(made, tmp_path))
     assert "w" in neutral.graph.initializers
     assert ("Transpose" in ops(neutral.graph)) == (reader == "transposed")
-    np.testing.assert_array_equal(run(lower(neutral, ()), {"x": normal(2, K)})["z"], run(made, {"x": normal(2, K)})["z"])
+    np.testing.assert_array_equal(
+        run(lower(neutral, ()), {"x": normal(2, K)})["z"], run(made, {"x": normal(2, K)})["z"]
+    )
 
 
 def test_ir_3_keeps_its_rule(tmp_path: Path) -> None:
@@ -157,13 +183,22 @@ def test_a_site_in_a_body(tmp_path: Path) -> None:
     tensor = onnx.numpy_helper.from_array(normal(K, N), "w")
     bodies = {}
     for name in ("then", "else"):
-        op = node("MatMul", ["x", "w"], [f"{name}_y"], name=name) if name == "then" else node("ReduceMax", ["x"], [f"{name}_y"], keepdims=1)
+        op = (
+            node("MatMul", ["x", "w"], [f"{name}_y"], name=name)
+            if name == "then"
+            else node("ReduceMax", ["x"], [f"{name}_y"], keepdims=1)
+        )
         output = helper.make_tensor_value_info(f"{name}_y", TensorProto.FLOAT, None)
-        bodies[f"{name}_branch"] = helper.make_graph([op], name, [], [output], [tensor] if name == "then" else [])
+        bodies[f"{name}_branch"] = helper.make_graph(
+            [op], name, [], [output], [tensor] if name == "then" else []
+        )
     made = model([node("If", ["c"], ["y"], name="if", **bodies)], {"x": ("n", K), "c": ((), np.bool_)}, ["y"])
     neutral = rewrite(made, sets_of(made, tmp_path))
     body = next(iter(neutral.graph)).attributes["then_branch"].as_graph()
-    assert not body.initializers and set(neutral.graph.initializers) == {"then/svd-plain/a", "then/svd-plain/b"}
+    assert not body.initializers and set(neutral.graph.initializers) == {
+        "then/svd-plain/a",
+        "then/svd-plain/b",
+    }
     assert [n.domain for n in body] == ["lrcompile"]
     lowered = lower(neutral, ())
     for flag in (True, False):
@@ -173,11 +208,16 @@ def test_a_site_in_a_body(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stored", [np.float16, np.float64, ml_dtypes.bfloat16])
 def test_factors_stored_in_another_type_than_computed(stored: Any, tmp_path: Path) -> None:
-    nodes = [node("Cast", ["w"], ["c"], to=TensorProto.FLOAT), node("MatMul", ["x", "c"], ["y"], name="layer")]
+    nodes = [
+        node("Cast", ["w"], ["c"], to=TensorProto.FLOAT),
+        node("MatMul", ["x", "c"], ["y"], name="layer"),
+    ]
     made = model(nodes, {"x": ("n", K)}, ["y"], {"w": normal(K, N).astype(stored)})
     sets = sets_of(made, tmp_path)
     lowered = lower(rewrite(made, sets), ())
-    assert {v.dtype for v in lowered.graph.initializers.values()} == {ir.DataType.from_numpy(np.dtype(stored))}
+    assert {v.dtype for v in lowered.graph.initializers.values()} == {
+        ir.DataType.from_numpy(np.dtype(stored))
+    }
     assert sorted(ops(lowered.graph)) == ["Cast", "Cast", "MatMul", "MatMul"]
     feed = {"x": normal(5, K)}
     oracle = reconstructed(made, sets)
@@ -191,10 +231,14 @@ def test_the_oracle_is_the_original_with_other_numbers(tmp_path: Path) -> None:
     assert ops(oracle.graph) == ops(made.graph) and not oracle.functions
     W = oracle.graph.initializers["/layers.0/MatMul/weight"].const_value.numpy()
     arrays = factors.load()
-    np.testing.assert_array_equal(W, (arrays["a"].astype(np.float64) @ arrays["b"].astype(np.float64)).astype(np.float32))
+    np.testing.assert_array_equal(
+        W, (arrays["a"].astype(np.float64) @ arrays["b"].astype(np.float64)).astype(np.float32)
+    )
     assert np.linalg.matrix_rank(W.astype(np.float64), tol=1e-5) == 2
     feed = {"x": normal(5, K)}
-    np.testing.assert_allclose(run(oracle, feed)["y"], run(lower(rewrite(made, [factors]), ()), feed)["y"], atol=ROUNDING, rtol=0)
+    np.testing.assert_allclose(
+        run(oracle, feed)["y"], run(lower(rewrite(made, [factors]), ()), feed)["y"], atol=ROUNDING, rtol=0
+    )
 
 
 def test_the_oracle_keeps_the_shape_that_a_node_reads(tmp_path: Path) -> None:
@@ -215,7 +259,9 @@ def test_the_oracle_keeps_the_shape_that_a_node_reads(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64, ml_dtypes.bfloat16])
 def test_the_jitter_is_half_a_unit_in_the_last_place(dtype: Any, tmp_path: Path) -> None:
     W = normal(K, N, dtype=np.float64).astype(dtype)
-    made = model([node("MatMul", ["x", "w"], ["y"], name="layer")], {"x": (("n", K), dtype)}, {"y": dtype}, {"w": W})
+    made = model(
+        [node("MatMul", ["x", "w"], ["y"], name="layer")], {"x": (("n", K), dtype)}, {"y": dtype}, {"w": W}
+    )
     sets = sets_of(made, tmp_path)
 
     def moved(seed: int) -> Array:
@@ -224,7 +270,9 @@ def test_the_jitter_is_half_a_unit_in_the_last_place(dtype: Any, tmp_path: Path)
         return np.asarray(shaken.graph.initializers["layer/weight"].const_value.numpy())  # type: ignore[union-attr]
 
     # half a unit rounds to the number itself or to its neighbour, never further; and some do move
-    steps = np.abs(moved(0).astype(np.float64) - W.astype(np.float64)) / np.abs(np.spacing(np.abs(W))).astype(np.float64)
+    steps = np.abs(moved(0).astype(np.float64) - W.astype(np.float64)) / np.abs(np.spacing(np.abs(W))).astype(
+        np.float64
+    )
     assert steps.max() <= 1.0 and (steps > 0).any() and (steps == 0).any()
     np.testing.assert_array_equal(moved(0), moved(0))
     assert not np.array_equal(moved(0), moved(1))
@@ -239,7 +287,12 @@ def test_corrected_biases_touch_nobody_else(tmp_path: Path) -> None:
         node("Gemm", ["x", "w2", "b"], ["z"], name="two"),
         node("Identity", ["b"], ["given"], name="reader"),
     ]
-    made = model(nodes, {"x": ("n", K)}, ["y", "z", "given"], {"w1": normal(K, N), "w2": normal(K, N, seed=1), "b": normal(N)})
+    made = model(
+        nodes,
+        {"x": ("n", K)},
+        ["y", "z", "given"],
+        {"w1": normal(K, N), "w2": normal(K, N, seed=1), "b": normal(N)},
+    )
     finding, held, svd = find(made), ModelWeights(Cache(tmp_path), 18), factorization("svd")
     X = normal(50, K, dtype=np.float64) + 3
 
@@ -257,6 +310,12 @@ def test_corrected_biases_touch_nobody_else(tmp_path: Path) -> None:
     ours, theirs, original = run(lowered, feed), run(oracle, feed), run(made, feed)
     np.testing.assert_array_equal(ours["given"], normal(N))
     for name in ("y", "z"):
-        np.testing.assert_allclose(ours[name], theirs[name], atol=1e-4, rtol=0)  # sums of a dozen numbers of size ten
-        np.testing.assert_allclose(ours[name].mean(axis=0), original[name].mean(axis=0), atol=1e-4, rtol=0)  # that is the correction
-        assert np.abs(ours[name] - original[name]).max() > 0.01  # rank two is not exact, or this tests nothing
+        np.testing.assert_allclose(
+            ours[name], theirs[name], atol=1e-4, rtol=0
+        )  # sums of a dozen numbers of size ten
+        np.testing.assert_allclose(
+            ours[name].mean(axis=0), original[name].mean(axis=0), atol=1e-4, rtol=0
+        )  # that is the correction
+        assert (
+            np.abs(ours[name] - original[name]).max() > 0.01
+        )  # rank two is not exact, or this tests nothing

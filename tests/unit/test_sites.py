@@ -128,7 +128,14 @@ HIDINGS: dict[str, tuple[list[onnx.NodeProto], dict[str, Array | onnx.TensorProt
 @pytest.mark.parametrize("name", HIDINGS)
 def test_hidden_weights(name: str, tmp_path: Path) -> None:
     nodes, constants = HIDINGS[name]
-    made = model([*nodes, node("MatMul", ["x", "v"], ["y"], name="layer")], {"x": ("n", K)}, ["y"], constants, opset=21, ir_version=10)
+    made = model(
+        [*nodes, node("MatMul", ["x", "v"], ["y"], name="layer")],
+        {"x": ("n", K)},
+        ["y"],
+        constants,
+        opset=21,
+        ir_version=10,
+    )
     site = the_site(find(made))
     held = made.graph.initializers.get("w")
     stored = held.const_value if held is not None else next(n for n in made.graph if n.outputs[0].name == "w")
@@ -145,9 +152,14 @@ def test_hidden_weights(name: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(site.operand_layout.apply(site.layout.invert(seen)), seen)
 
 
-@pytest.mark.parametrize(("dtype", "kind"), [(np.float16, "float16"), (np.float64, "double"), (BF16, "bfloat16"), (np.float32, "float")])
+@pytest.mark.parametrize(
+    ("dtype", "kind"),
+    [(np.float16, "float16"), (np.float64, "double"), (BF16, "bfloat16"), (np.float32, "float")],
+)
 def test_float_types(dtype: type, kind: str) -> None:
-    made = model([node("MatMul", ["x", "w"], ["y"])], {"x": (("n", K), dtype)}, {"y": dtype}, {"w": W.astype(dtype)})
+    made = model(
+        [node("MatMul", ["x", "w"], ["y"])], {"x": (("n", K), dtype)}, {"y": dtype}, {"w": W.astype(dtype)}
+    )
     site = the_site(find(made))
     assert (site.stored, site.dtype, site.refusal) == (kind, kind, None)
 
@@ -236,7 +248,9 @@ def test_recurrent_weights_are_listed(op: str) -> None:
     constants = {"w": normal(1, gates * 5, K), "r": normal(1, gates * 5, 5), "b": normal(1, 2 * gates * 5)}
     made = model([node(op, ["x", "w", "r", "b"], ["y"], hidden_size=5)], {"x": (3, "n", K)}, ["y"], constants)
     found = find(made)
-    assert [(s.weight, s.refusal) for s in found.sites] == [(n, f"{op} is found but not factorized") for n in "wr"]
+    assert [(s.weight, s.refusal) for s in found.sites] == [
+        (n, f"{op} is found but not factorized") for n in "wr"
+    ]
     assert not found.groups
 
 
@@ -256,15 +270,34 @@ SCALED = [node("Cast", ["w"], ["c"], to=F), node("Mul", ["c", "s"], ["v"]), node
     ("nodes", "constants", "default", "sentence"),
     [
         (MATMUL, {"w": W}, "w", "a caller may override the weight: it is a graph input with a default"),
-        (BY_CAST, {"w": W.astype(np.float16)}, "w", "a caller may override the weight: it is a graph input with a default"),
-        (SCALED, {"w": Q, "s": normal(N)}, "w", "a caller may override the weight: it is a graph input with a default"),
-        (SCALED, {"w": Q, "s": normal(N)}, "s", "a caller may override what Mul makes the weight with: it is a graph input with a default"),
+        (
+            BY_CAST,
+            {"w": W.astype(np.float16)},
+            "w",
+            "a caller may override the weight: it is a graph input with a default",
+        ),
+        (
+            SCALED,
+            {"w": Q, "s": normal(N)},
+            "w",
+            "a caller may override the weight: it is a graph input with a default",
+        ),
+        (
+            SCALED,
+            {"w": Q, "s": normal(N)},
+            "s",
+            "a caller may override what Mul makes the weight with: it is a graph input with a default",
+        ),
     ],
 )
-def test_overridable(nodes: list[onnx.NodeProto], constants: dict[str, Array], default: str, sentence: str) -> None:
+def test_overridable(
+    nodes: list[onnx.NodeProto], constants: dict[str, Array], default: str, sentence: str
+) -> None:
     site = the_site(find(model(nodes, X2, ["y"], constants, ir_version=4, opset=13, defaults=[default])))
     assert (site.weight, site.weight_shape, site.refusal) == ("w", (K, N), sentence)
-    site = the_site(find(model(nodes, X2, ["y"], constants, ir_version=3, opset=13)))  # all are inputs, and constants all the same
+    site = the_site(
+        find(model(nodes, X2, ["y"], constants, ir_version=3, opset=13))
+    )  # all are inputs, and constants all the same
     assert (site.weight, site.refusal) == ("w", None)
 
 
@@ -291,10 +324,42 @@ def test_not_finite(bad: float, dtype: type, caplog: pytest.LogCaptureFixture) -
     assert "bad" in caplog.text and "beside" not in caplog.text
 
 
+@pytest.mark.parametrize("where", ["before", "inside"])
+def test_not_finite_through_a_loop(where: str) -> None:
+    """What enters a Loop, and what it carries round, spoils the sites of its body too."""
+    info = helper.make_tensor_value_info
+    spoiled = normal(K, K, seed=3)
+    spoiled[0, 0] = np.inf
+    steps = [node("MatMul", ["h", "good"], ["h1"], name="in_loop")]
+    steps.append(
+        node("MatMul", ["h1", "bad"], ["h2"], name="bad")
+        if where == "inside"
+        else node("Identity", ["h1"], ["h2"])
+    )
+    body = helper.make_graph(
+        [*steps, node("Identity", ["go"], ["go2"])],
+        "loop",
+        [info("i", TensorProto.INT64, []), info("go", TensorProto.BOOL, []), info("h", F, None)],
+        [info("go2", TensorProto.BOOL, []), info("h2", F, None)],
+    )
+    first = (
+        node("MatMul", ["x", "bad"], ["s"], name="bad")
+        if where == "before"
+        else node("Identity", ["x"], ["s"])
+    )
+    nodes = [first, node("Loop", ["trips", "", "s"], ["y"], name="loop", body=body)]
+    made = model(nodes, {"x": (3, K)}, ["y"], {"good": normal(K, K), "bad": spoiled, "trips": np.int64(2)})
+    reasons = {s.name: s.refusal for s in find(made).sites}
+    assert reasons["bad"] == "the weight holds NaN or Inf"
+    assert reasons["in_loop"] is not None and "NaN or Inf gave" in reasons["in_loop"]
+
+
 def test_a_scale_that_is_not_finite() -> None:
     nodes = [node("DequantizeLinear", ["w", "s"], ["v"], axis=1), node("MatMul", ["x", "v"], ["y"])]
     scale = np.array([1, 2, np.inf, 1], np.float32)
-    assert the_site(find(model(nodes, X2, ["y"], {"w": Q, "s": scale}))).refusal == "the weight holds NaN or Inf"
+    assert (
+        the_site(find(model(nodes, X2, ["y"], {"w": Q, "s": scale}))).refusal == "the weight holds NaN or Inf"
+    )
 
 
 # --- names, bodies, functions -------------------------------------------------------------------------------------
@@ -350,7 +415,10 @@ def test_bodies_of_loop_and_scan() -> None:
         [info("go2", TensorProto.BOOL, []), info("h2", F, None)],
     )
     scan = helper.make_graph(
-        [node("MatMul", ["row", "w"], ["row2"], name="in_scan")], "scan", [info("row", F, [K])], [info("row2", F, [K])]
+        [node("MatMul", ["row", "w"], ["row2"], name="in_scan")],
+        "scan",
+        [info("row", F, [K])],
+        [info("row2", F, [K])],
     )
     nodes = [
         node("Loop", ["trips", "", "x"], ["y"], name="loop", body=loop),
@@ -426,7 +494,9 @@ def test_a_bias_that_is_an_output_or_a_default_is_not_edited() -> None:
     nodes = [node("MatMul", ["x", "w"], ["p"]), node("Add", ["p", "b"], ["y"])]
     made = model(nodes, X2, ["y"], {"w": W, "b": B}, defaults=["b"])
     assert the_site(find(made)).bias is None
-    made = model(nodes, X2, ["y", "p"], {"w": W, "b": B})  # the product is an output: somebody sees it without the bias
+    made = model(
+        nodes, X2, ["y", "p"], {"w": W, "b": B}
+    )  # the product is an output: somebody sees it without the bias
     assert the_site(find(made)).bias is None
 
 
@@ -461,4 +531,6 @@ def test_the_family_of_odd_graphs(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     wrong = [text for graph in CORPUS for text in unexplained(graph, tmp_path)]
     assert not wrong, "\n".join(wrong)
     certain = [e for g in CORPUS for e in g.sites if e.certain and not e.where.startswith("function")]
-    assert len(certain) > 400 and sum(not e.taken for e in certain) > 80  # the family itself must not shrink away
+    assert (
+        len(certain) > 400 and sum(not e.taken for e in certain) > 80
+    )  # the family itself must not shrink away

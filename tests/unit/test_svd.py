@@ -62,7 +62,9 @@ def seen(X: Array) -> Statistics:
     return Statistics({"site": InputStatistics(len(X), X.T @ X / len(X), X.mean(axis=0))})
 
 
-def factors(method: Any, group: Group, statistics: Statistics | None, rank: int) -> tuple[Candidate, Mapping[str, Array]]:
+def factors(
+    method: Any, group: Group, statistics: Statistics | None, rank: int
+) -> tuple[Candidate, Mapping[str, Array]]:
     weights = new_weights()
     (candidate,) = method.candidates(group, weights, statistics, CandidateOptions(ranks=(rank,)))
     return candidate, method.factorize(group, weights, statistics, candidate, 0)
@@ -90,7 +92,9 @@ def test_the_closed_form(K: int, N: int, rank: int) -> None:
     wanted = np.linalg.solve(S.T, (U[:, :rank] * sigma[:rank]) @ Vt[:rank])
     candidate, made = factors(SVD, linear(W)[1], seen(X), rank)
     np.testing.assert_allclose(product(made), wanted, atol=EXACT * np.abs(W).max(), rtol=0)
-    assert candidate.error == pytest.approx(np.sqrt((sigma[rank:] ** 2).sum() / (sigma**2).sum()), abs=2e-7)  # it claims 1e-7 more
+    assert candidate.error == pytest.approx(
+        np.sqrt((sigma[rank:] ** 2).sum() / (sigma**2).sum()), abs=2e-7
+    )  # it claims 1e-7 more
 
 
 @pytest.mark.parametrize(("K", "N"), SHAPES)
@@ -112,7 +116,9 @@ def test_nobody_does_better(K: int, N: int, seed: int, n: int) -> None:
     rank = int(rng.integers(1, min(K, N)))
     _, made = factors(SVD, linear(W)[1], seen(X), rank)
     ours = lost(X, W, product(made))
-    slack = 1e-6 * float(np.linalg.norm(X @ W)) + 1e-12  # the eigenvalues are good to 1e-15 of the largest: the root of that, and more
+    slack = (
+        1e-6 * float(np.linalg.norm(X @ W)) + 1e-12
+    )  # the eigenvalues are good to 1e-15 of the largest: the root of that, and more
     for start in (rng.standard_normal((rank, N)), made["b"] + 0.1 * rng.standard_normal((rank, N))):
         for _ in range(3):  # alternating least squares: a strong competitor
             A = np.linalg.lstsq(X, (X @ W) @ np.linalg.pinv(start), rcond=None)[0]
@@ -127,7 +133,9 @@ def test_singular_moments(K: int, N: int) -> None:
     W = normal(K, N, dtype=np.float64)
     candidate, made = factors(SVD, linear(W)[1], seen(X), 2)
     assert all(np.isfinite(a).all() for a in made.values())
-    assert lost(X, W, product(made)) <= 1e-4 * np.linalg.norm(X @ W)  # the floor of eigenvalues is 1e-10 of the largest: its root
+    assert lost(X, W, product(made)) <= 1e-4 * np.linalg.norm(
+        X @ W
+    )  # the floor of eigenvalues is 1e-10 of the largest: its root
     assert candidate.error <= 1e-4
 
 
@@ -139,7 +147,11 @@ def test_one_row_or_column(K: int, N: int) -> None:
         np.testing.assert_allclose(product(made), W, atol=EXACT, rtol=0)
 
 
-@pytest.mark.parametrize("X", [np.zeros((5, 6)), np.zeros((5, 6)) + 1e-200, samples(1, 6), samples(3, 6)], ids=["zero", "tiny", "one", "few"])
+@pytest.mark.parametrize(
+    "X",
+    [np.zeros((5, 6)), np.zeros((5, 6)) + 1e-200, samples(1, 6), samples(3, 6)],
+    ids=["zero", "tiny", "one", "few"],
+)
 @pytest.mark.parametrize("scale", [0.0, 1.0, 1e-30])
 def test_never_fails(X: Array, scale: float) -> None:
     """Inputs of zeros, fewer samples than dimensions, weights of zeros: finite factors and claims."""
@@ -160,7 +172,11 @@ def test_too_few_samples_are_said() -> None:
 @given(seed=st.integers(0, 999), offset=st.sampled_from([0.0, 1.0, 30.0]), rank=st.integers(1, 4))
 @settings(max_examples=20, deadline=None)
 def test_bias_correction_is_never_worse(seed: int, offset: float, rank: int) -> None:
-    W, b, X = normal(6, 5, seed=seed, dtype=np.float64), normal(5, dtype=np.float64), samples(100, 6, seed, offset)
+    W, b, X = (
+        normal(6, 5, seed=seed, dtype=np.float64),
+        normal(5, dtype=np.float64),
+        samples(100, 6, seed, offset),
+    )
     _, without = factors(SVD, linear(W)[1], seen(X), rank)
     _, made = factors(SVD, linear(W, b)[1], seen(X), rank)
     wanted = X @ W + b
@@ -168,7 +184,9 @@ def test_bias_correction_is_never_worse(seed: int, offset: float, rank: int) -> 
     corrected = np.linalg.norm(wanted - (X @ product(made) + made["bias"]))
     assert corrected <= plain + 1e-6 * np.linalg.norm(wanted)
     # the correction makes the mean error zero: that is what b' = b + m (W - A B) means
-    np.testing.assert_allclose((wanted - X @ product(made) - made["bias"]).mean(axis=0), 0, atol=1e-8 * (1 + abs(offset)) * 10)
+    np.testing.assert_allclose(
+        (wanted - X @ product(made) - made["bias"]).mean(axis=0), 0, atol=1e-8 * (1 + abs(offset)) * 10
+    )
 
 
 def test_bias_correction_where_the_mean_is_everything() -> None:
@@ -205,9 +223,13 @@ def test_tables_are_weighted_by_frequency() -> None:
 
     D = np.sqrt(share)[:, None]
     sigma = np.linalg.svd(D * W, compute_uv=False)
-    assert error(weighted) == pytest.approx(np.sqrt((sigma[2:] ** 2).sum()), rel=1e-6)  # the optimum, by brute force
+    assert error(weighted) == pytest.approx(
+        np.sqrt((sigma[2:] ** 2).sum()), rel=1e-6
+    )  # the optimum, by brute force
     assert error(weighted) < 0.7 * error(plain)
-    assert np.linalg.norm(W - product(plain)) < np.linalg.norm(W - product(weighted))  # which is better without the weights
+    assert np.linalg.norm(W - product(plain)) < np.linalg.norm(
+        W - product(weighted)
+    )  # which is better without the weights
 
 
 def test_rows_never_asked_for() -> None:
@@ -294,6 +316,8 @@ def test_candidates() -> None:
     made = list(PLAIN.candidates(group, Fixed(), None, CandidateOptions()))  # type: ignore[arg-type]
     assert [c.rank for c in made] == [1, 2, 3, 4, 5, 6]
     assert all(a.error > b.error for a, b in pairwise(made))
-    assert [(c.cost.parameters, c.cost.bytes, c.cost.flops) for c in made] == [(16 * r, 64 * r, 32 * r) for r in range(1, 7)]
+    assert [(c.cost.parameters, c.cost.bytes, c.cost.flops) for c in made] == [
+        (16 * r, 64 * r, 32 * r) for r in range(1, 7)
+    ]
     assert [c.rank for c in PLAIN.candidates(group, Fixed(), None, CandidateOptions(multiple=4))] == [4]  # type: ignore[arg-type]
     assert not list(PLAIN.candidates(group, Fixed(), None, CandidateOptions(ranks=(7,))))  # type: ignore[arg-type]

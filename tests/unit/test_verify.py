@@ -144,7 +144,9 @@ def test_the_rule() -> None:
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_no_noise_excuses_nan(bad: float) -> None:
-    assert wrong(f32(1, 2), f32(1, bad), Noise({"y": 1e9}, {})) == ("output 'y': NaN or infinite values where the original's are finite",)
+    assert wrong(f32(1, 2), f32(1, bad), Noise({"y": 1e9}, {})) == (
+        "output 'y': NaN or infinite values where the original's are finite",
+    )
     assert wrong(f32(1, bad), f32(1, 3), Noise({"y": 1e9}, {}))  # nor that it went away
     assert not wrong(f32(1, bad), f32(1, bad))
     drifting = Noise({}, {}, frozenset({"y"}))  # the original's own NaN moves between runs of itself
@@ -185,7 +187,9 @@ def noise(plain: Array, jittered: Array | None, a: Array) -> Noise:
     engines = {"model": Says({"y": a}), "model_plain": Says({"y": plain})}
     if jittered is not None:
         engines["shaken"] = Says({"y": jittered})
-    return noise_of(Engines(**engines), "t", Path("model"), Path("shaken") if jittered is not None else None, ONE)  # type: ignore[arg-type]
+    return noise_of(
+        Engines(**engines), "t", Path("model"), Path("shaken") if jittered is not None else None, ONE
+    )  # type: ignore[arg-type]
 
 
 def test_noise_is_the_larger_of_two_movements() -> None:
@@ -218,14 +222,21 @@ def test_measure() -> None:
     evidence = measure(Says({"y": f32(3, 4)}), Says({"y": f32(3, 3)}), feeds(), None)
     ((name, figures),) = evidence.outputs
     assert name == "y" and figures.relative_l2 == pytest.approx(0.2, abs=1e-7)
-    assert (evidence.engine, evidence.held_out, evidence.verdict, evidence.failures) == ("ran", "somewhere", "passed", ())
+    assert (evidence.engine, evidence.held_out, evidence.verdict, evidence.failures) == (
+        "ran",
+        "somewhere",
+        "passed",
+        (),
+    )
 
 
 def test_measure_names_what_is_broken() -> None:
     assert measure(Says({"y": f32(1)}), Says({"y": f32(np.nan)}), feeds(), None).failures == (
         "output 'y': NaN or infinite values where the original's are finite",
     )
-    evidence = judge(measure(Says({"y": f32(1)}), Says({"y": f32(np.nan)}), feeds(), None), (), unchanged=False)
+    evidence = judge(
+        measure(Says({"y": f32(1)}), Says({"y": f32(np.nan)}), feeds(), None), (), unchanged=False
+    )
     assert evidence.verdict == "failed"  # though no limit was asked for
 
 
@@ -233,9 +244,16 @@ def test_a_metric() -> None:
     def metric(run: Any, data: Any) -> float:
         return float(sum(run(f)["y"][0] for f in data))
 
-    evidence = measure(Says(lambda f: {"y": f["x"]}), Says(lambda f: {"y": 2 * f["x"]}), feeds(TWO), (metric, 3.0))
+    evidence = measure(
+        Says(lambda f: {"y": f["x"]}), Says(lambda f: {"y": 2 * f["x"]}), feeds(TWO), (metric, 3.0)
+    )
     assert evidence.metric == (3.0, 6.0)
-    for limit, verdict in ((Limit("metric", 2.0, True), "passed"), (Limit("metric", 1.9, True), "failed"), (Limit("metric", 6.0), "passed"), (Limit("metric", 5.9), "failed")):
+    for limit, verdict in (
+        (Limit("metric", 2.0, True), "passed"),
+        (Limit("metric", 1.9, True), "failed"),
+        (Limit("metric", 6.0), "passed"),
+        (Limit("metric", 5.9), "failed"),
+    ):
         assert judge(evidence, (limit,), unchanged=False).verdict == verdict
 
 
@@ -258,7 +276,14 @@ BAD = OutputEvidence(0.1, 20.0, 0.9, 1.0, kl=0.1, top1=0.9)
 
 @pytest.mark.parametrize(
     ("name", "good", "bad"),
-    [("snr", 30, 45), ("cosine", 0.99, 0.9999), ("top1", 0.95, 0.999), ("relative_l2", 0.05, 0.001), ("max_abs", 0.5, 0.01), ("kl", 0.05, 0.0001)],
+    [
+        ("snr", 30, 45),
+        ("cosine", 0.99, 0.9999),
+        ("top1", 0.95, 0.999),
+        ("relative_l2", 0.05, 0.001),
+        ("max_abs", 0.5, 0.01),
+        ("kl", 0.05, 0.0001),
+    ],
 )
 def test_every_limit(name: str, good: float, bad: float) -> None:
     """Floors and ceilings: GOOD holds `good` and not `bad`, BAD holds neither; the worst output counts, wherever it stands."""
@@ -276,7 +301,9 @@ def test_limits_hold_where_they_are_met_exactly() -> None:
 
 
 def test_all_limits_are_judged() -> None:
-    failed = judge(evidence(BAD), (Limit("snr", 30), Limit("cosine", 0.5), Limit("kl", 0.01)), unchanged=False)
+    failed = judge(
+        evidence(BAD), (Limit("snr", 30), Limit("cosine", 0.5), Limit("kl", 0.01)), unchanged=False
+    )
     assert [f.split()[1] for f in failed.failures] == ["snr", "kl"]
 
 
@@ -290,7 +317,14 @@ def test_nan_is_worse_than_anything(name: str) -> None:
     """A figure that overflowed must not slip through a comparison with NaN, wherever it stands."""
     nan = OutputEvidence(*[math.nan] * 4, kl=math.nan, top1=math.nan)
     for outputs in ((nan,), (GOOD, nan), (nan, GOOD), (GOOD, nan, GOOD)):
-        assert judge(evidence(*outputs), (Limit(name, 1e9 if name not in ("snr", "cosine") else -1e9),), unchanged=False).verdict == "failed"
+        assert (
+            judge(
+                evidence(*outputs),
+                (Limit(name, 1e9 if name not in ("snr", "cosine") else -1e9),),
+                unchanged=False,
+            ).verdict
+            == "failed"
+        )
 
 
 def test_outputs_that_overflow_are_not_passed() -> None:
@@ -322,7 +356,14 @@ def test_limits_as_they_are_written() -> None:
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("", "empty"), ("snr", "NAME=NUMBER"), ("snr=high", "NAME=NUMBER"), ("psnr=3", "does not know 'psnr'"), ("snr=2x", "only metric"), ("=3", "does not know ''")],
+    [
+        ("", "empty"),
+        ("snr", "NAME=NUMBER"),
+        ("snr=high", "NAME=NUMBER"),
+        ("psnr=3", "does not know 'psnr'"),
+        ("snr=2x", "only metric"),
+        ("=3", "does not know ''"),
+    ],
 )
 def test_limits_that_are_none(text: str, words: str) -> None:
     with pytest.raises(UsageError, match=words):

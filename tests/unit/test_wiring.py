@@ -52,7 +52,11 @@ C = {"scalar": (), "one": (1,), "last": (N,), "row": (1, N), "column": (3, 1), "
 # name -> (node, shape of the data or ids, constants)
 ROWS: dict[str, tuple[onnx.NodeProto, tuple[int, ...] | Array, dict[str, Array]]] = {
     **{
-        f"matmul right, x of rank {len(shape)}": (node("MatMul", ["x", "w"], ["y"]), shape, {"w": whole(K, N)})
+        f"matmul right, x of rank {len(shape)}": (
+            node("MatMul", ["x", "w"], ["y"]),
+            shape,
+            {"w": whole(K, N)},
+        )
         for shape in [(K,), (3, K), (2, 3, K), (2, 1, 3, K)]
     },
     "matmul right (1, K, N)": (node("MatMul", ["x", "w"], ["y"]), (2, 3, K), {"w": whole(1, K, N)}),
@@ -62,7 +66,11 @@ ROWS: dict[str, tuple[onnx.NodeProto, tuple[int, ...] | Array, dict[str, Array]]
         for shape in [(K,), (K, 3), (2, K, 3), (2, 1, K, 3)]
     },
     "matmul left (1, M, K)": (node("MatMul", ["w", "x"], ["y"]), (2, K, 3), {"w": whole(1, N, K)}),
-    "matmul left (1, M, K), x of rank 4": (node("MatMul", ["w", "x"], ["y"]), (2, 5, K, 3), {"w": whole(1, N, K)}),
+    "matmul left (1, M, K), x of rank 4": (
+        node("MatMul", ["w", "x"], ["y"]),
+        (2, 5, K, 3),
+        {"w": whole(1, N, K)},
+    ),
     **{
         f"gemm B, transA {a}, transB {b}": (
             node("Gemm", ["x", "w", "c"], ["y"], transA=a, transB=b, alpha=-0.5, beta=2.0),
@@ -82,17 +90,38 @@ ROWS: dict[str, tuple[onnx.NodeProto, tuple[int, ...] | Array, dict[str, Array]]
         for b in (0, 1)
     },
     **{
-        f"gemm C {name}": (node("Gemm", ["x", "w", "c"], ["y"], beta=1.5), (3, K), {"w": whole(K, N), "c": whole(*shape)})
+        f"gemm C {name}": (
+            node("Gemm", ["x", "w", "c"], ["y"], beta=1.5),
+            (3, K),
+            {"w": whole(K, N), "c": whole(*shape)},
+        )
         for name, shape in C.items()
     },
     "gemm A, C column": (node("Gemm", ["w", "x", "c"], ["y"]), (K, N), {"w": whole(3, K), "c": whole(3, 1)}),
     "gemm without C": (node("Gemm", ["x", "w"], ["y"], alpha=2.0), (3, K), {"w": whole(K, N)}),
-    "gemm beta 0": (node("Gemm", ["x", "w", "c"], ["y"], beta=0.0), (3, K), {"w": whole(K, N), "c": whole(N)}),
-    "gemm alpha 0": (node("Gemm", ["x", "w", "c"], ["y"], alpha=0.0), (3, K), {"w": whole(K, N), "c": whole(N)}),
+    "gemm beta 0": (
+        node("Gemm", ["x", "w", "c"], ["y"], beta=0.0),
+        (3, K),
+        {"w": whole(K, N), "c": whole(N)},
+    ),
+    "gemm alpha 0": (
+        node("Gemm", ["x", "w", "c"], ["y"], alpha=0.0),
+        (3, K),
+        {"w": whole(K, N), "c": whole(N)},
+    ),
     **{
-        f"gather axis {axis}, ids of rank {ids.ndim}": (node("Gather", ["w", "x"], ["y"], axis=axis), ids, {"w": whole(K, N)})
+        f"gather axis {axis}, ids of rank {ids.ndim}": (
+            node("Gather", ["w", "x"], ["y"], axis=axis),
+            ids,
+            {"w": whole(K, N)},
+        )
         for axis in (0, 1, -1, -2)
-        for ids in (np.int64(-2), np.array([1, -1, 3]), np.array([[0, 2], [-3, 1]]), np.array([[[0], [2]], [[-3], [1]]]))
+        for ids in (
+            np.int64(-2),
+            np.array([1, -1, 3]),
+            np.array([[0, 2], [-3, 1]]),
+            np.array([[[0], [2]], [[-3], [1]]]),
+        )
     },
     **{
         f"einsum {equation}": (node("Einsum", ["x", "w"], ["y"], equation=equation), x, {"w": w})
@@ -112,7 +141,11 @@ ROWS: dict[str, tuple[onnx.NodeProto, tuple[int, ...] | Array, dict[str, Array]]
             ("bk,ka", (3, K), whole(K, N)),  # implicit: the free label comes first
         ]
     },
-    "einsum, weight first": (node("Einsum", ["w", "x"], ["y"], equation="nk,bk->bn"), (3, K), {"w": whole(N, K)}),
+    "einsum, weight first": (
+        node("Einsum", ["w", "x"], ["y"], equation="nk,bk->bn"),
+        (3, K),
+        {"w": whole(N, K)},
+    ),
 }
 
 
@@ -147,7 +180,9 @@ def test_rows_as_the_graph_writes_them(name: str, tmp_path: Path) -> None:
     (candidate,) = dense.candidates(group, weights, None, None)  # type: ignore[arg-type]
     arrays = {n: a.astype(np.float32) for n, a in dense.factorize(group, weights, None, candidate, 0).items()}
     shapes = {n: a.shape for n, a in arrays.items()}
-    factors = FactorSet(_decision(group, candidate, ""), group, dense, ir.DataType.FLOAT, shapes, 0.0, lambda: arrays)
+    factors = FactorSet(
+        _decision(group, candidate, ""), group, dense, ir.DataType.FLOAT, shapes, 0.0, lambda: arrays
+    )
     before, inputs = [n.op_type for n in made.graph], [v.name for v in made.graph.inputs]
     neutral = rewrite(made, [factors])
     assert [n.op_type for n in made.graph] == before  # the model given is left as it is
