@@ -41,7 +41,9 @@ def time_limit(timeout: float | None, source: Source, feeds: int) -> float:
     Without a limit of the user's: 20 seconds in all for a model below 10 MB, growing with weights and feeds.
     """
     over = max(0, bytes_of(source.model) - _SMALL_BYTES) / 1e6
-    return time.monotonic() + (timeout if timeout is not None else _SECONDS + 3.0 * over + feeds * (0.5 + 0.1 * over))
+    return time.monotonic() + (
+        timeout if timeout is not None else _SECONDS + 3.0 * over + feeds * (0.5 + 0.1 * over)
+    )
 
 
 def original_of(source: Source, target: str, child: Child, scratch: Path) -> Path:
@@ -63,7 +65,14 @@ def original_of(source: Source, target: str, child: Child, scratch: Path) -> Pat
 
 
 def feeds_for(
-    model: ir.Model, path: Path, child: Child, target: str, *, seed: int, dims: Mapping[str, int], like: Feed | None
+    model: ir.Model,
+    path: Path,
+    child: Child,
+    target: str,
+    *,
+    seed: int,
+    dims: Mapping[str, int],
+    like: Feed | None,
 ) -> Feeds:
     """Seeded feeds drawn from the graph's inputs that the original runs. Raises BuildError when none of the guesses is legal.
 
@@ -86,4 +95,6 @@ def feeds_for(
             engine.close()
             engine = build(child, target, path)
     engine.close()
-    raise BuildError(f"{path.name} runs on none of the inputs drawn for it; give --data or --dim NAME=VALUE. The last failure: {failure}")
+    raise BuildError(
+        f"{path.name} runs on none of the inputs drawn for it; give --data or --dim NAME=VALUE. The last failure: {failure}"
+    )

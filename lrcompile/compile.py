@@ -118,7 +118,10 @@ def compile(  # noqa: A001 - the verb of this tool
     """
     options = (options or Options()).completed()
     check_out(out, options.force)
-    with workshop(options, child) as shop, staging(out, force=options.force, locks=shop.cache.locks) as folder:
+    with (
+        workshop(options, child) as shop,
+        staging(out, force=options.force, locks=shop.cache.locks) as folder,
+    ):
         job = job_of(study(model, options, shop, progress))
         best = search(problem_of(job), job)
         return _publish(best, _prove(best, job), job, folder, Path(out))
@@ -164,7 +167,9 @@ def job_of(known: Study) -> Job:
     options, source, child = known.options, known.source, known.child
     original = original_of(source, options.target, child, known.scratch)
     first = next(iter(known.calibration or known.held_out or ()), None)
-    drawn = feeds_for(source.model, original, child, options.target, seed=options.seed, dims=options.dims, like=first)
+    drawn = feeds_for(
+        source.model, original, child, options.target, seed=options.seed, dims=options.dims, like=first
+    )
     judged_on = known.held_out or drawn
     metric = None
     if (function := load_metric(options.metric)) is not None:
@@ -192,7 +197,9 @@ def first_plan(problem: Problem, known: Study) -> Plan:
     """The user's plan, held against the model, or the one that the budget asks for."""
     if (given := known.options.plan) is None:
         return choose(problem)
-    return check_plan(given, known.finding, known.methods, known.weights, known.statistics, known.options.target)
+    return check_plan(
+        given, known.finding, known.methods, known.weights, known.statistics, known.options.target
+    )
 
 
 def load_metric(given: str | Metric | None) -> Metric | None:
@@ -215,11 +222,22 @@ def problem_of(known: Study) -> Problem:
 def _attempt(chosen: Plan, job: Job, number: int) -> Attempt:
     """factorize, rewrite, lower, build, verify: one plan, carried out and measured on held-out data."""
     job.child.deadline = time_limit(job.options.timeout, job.source, len(job.judged_on))
-    sets = factorize(chosen, group_by_name(job.finding), job.weights, job.statistics, job.methods, job.options.seed, job.progress)
+    sets = factorize(
+        chosen,
+        group_by_name(job.finding),
+        job.weights,
+        job.statistics,
+        job.methods,
+        job.options.seed,
+        job.progress,
+    )
     neutral = rewrite(job.source.model, sets) if sets else None
     model = lower(neutral.clone(), job.runtime.lowering(job.options.target)) if neutral is not None else None
     path = save_lowered(model, job.source, job.scratch / f"trial-{number}", job.options.external_data)
-    with build(job.child, job.options.target, job.original) as dense, build(job.child, job.options.target, path) as engine:
+    with (
+        build(job.child, job.options.target, job.original) as dense,
+        build(job.child, job.options.target, path) as engine,
+    ):
         evidence = measure(dense, engine, job.judged_on.watched("verify", job.progress), job.metric)
     evidence = judge(evidence, job.options.budget.max_error, unchanged=not sets)
     return Attempt(annotate(chosen, sets), sets, neutral, model, path, evidence)
@@ -250,12 +268,21 @@ def _prove(best: Attempt, job: Job) -> Evidence:
         return best.evidence.with_noise(noise_of(child, target, job.original, None, drawn).relative)
     job.progress("prove", 0, 2)
     mapped = is_large(job.source.model) or None
-    shaken = save_lowered(jittered(job.source.model, best.sets, job.weights.matrix, job.options.seed), job.source, job.scratch / "jittered", mapped)
+    shaken = save_lowered(
+        jittered(job.source.model, best.sets, job.weights.matrix, job.options.seed),
+        job.source,
+        job.scratch / "jittered",
+        mapped,
+    )
     noise = noise_of(child, target, job.original, shaken, drawn)
     job.progress("prove", 1, 2)
-    oracle = save_lowered(reconstructed(job.source.model, best.sets), job.source, job.scratch / "oracle", mapped)
+    oracle = save_lowered(
+        reconstructed(job.source.model, best.sets), job.source, job.scratch / "oracle", mapped
+    )
     if wrong := check_rewrite(child, target, oracle, best.path, noise, drawn):
-        raise VerificationError(f"the rewritten graph does not compute what its factors say: {'; '.join(wrong)}")
+        raise VerificationError(
+            f"the rewritten graph does not compute what its factors say: {'; '.join(wrong)}"
+        )
     return best.evidence.with_noise(noise.relative)
 
 

@@ -18,7 +18,11 @@ def parameters_of(model: ir.Model) -> int:
 
 def bytes_of(model: ir.Model) -> int:
     """Bytes of all constants, each tensor once."""
-    return sum(math.ceil(math.prod(dims(t)) * t.dtype.bitwidth / 8) for t in _distinct(model) if t.dtype != ir.DataType.STRING)
+    return sum(
+        math.ceil(math.prod(dims(t)) * t.dtype.bitwidth / 8)
+        for t in _distinct(model)
+        if t.dtype != ir.DataType.STRING
+    )
 
 
 def is_large(model: ir.Model) -> bool:

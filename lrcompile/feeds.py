@@ -26,7 +26,20 @@ Feed = Mapping[str, Array]
 Data = str | Path | Iterable[Feed] | Callable[[], Iterable[Feed]]
 
 # Through these an integer input is still the same ids when it reaches a Gather.
-_ID_CARRIERS = frozenset({"Cast", "Reshape", "Unsqueeze", "Squeeze", "Identity", "Transpose", "Slice", "Flatten", "Expand", "Concat"})
+_ID_CARRIERS = frozenset(
+    {
+        "Cast",
+        "Reshape",
+        "Unsqueeze",
+        "Squeeze",
+        "Identity",
+        "Transpose",
+        "Slice",
+        "Flatten",
+        "Expand",
+        "Concat",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +83,9 @@ class Feeds:
         """The first three quarters, and the last quarter (at least one feed), which is held out."""
         held = max(1, self.count // 4)
         if self.count < 2:
-            raise UsageError(f"{self.origin} has one feed: give --verify-data, or at least two feeds, so that one can be held out")
+            raise UsageError(
+                f"{self.origin} has one feed: give --verify-data, or at least two feeds, so that one can be held out"
+            )
         kept = self.count - held
         return (
             Feeds(self.open, kept, f"{self.key}:first", self.origin, self.start),
@@ -107,7 +122,11 @@ def open_feeds(data: Data, inputs: Sequence[Input], batch: int = 8) -> Feeds:
         for name in sorted(feed):
             array = feed[name]
             digest.update(repr((name, array.dtype.str, array.shape)).encode())
-            digest.update(repr(array.tolist()).encode() if array.dtype.hasobject else np.ascontiguousarray(array).tobytes())
+            digest.update(
+                repr(array.tolist()).encode()
+                if array.dtype.hasobject
+                else np.ascontiguousarray(array).tobytes()
+            )
     if count == 0:
         raise UsageError(f"{origin} holds no feed")
     return Feeds(checked, count, digest.hexdigest(), origin)
@@ -167,21 +186,33 @@ def _cut(arrays: Mapping[str, Array], inputs: Sequence[Input], batch: int, path:
 
 def _checked(feed: Feed, known: Mapping[str, Input], where: str) -> Feed:
     if missing := sorted(set(known) - set(feed)):
-        raise UsageError(f"{where}: input {missing[0]!r} is missing; the model reads {', '.join(known) or 'nothing'}")
+        raise UsageError(
+            f"{where}: input {missing[0]!r} is missing; the model reads {', '.join(known) or 'nothing'}"
+        )
     if unknown := sorted(set(feed) - set(known)):
-        raise UsageError(f"{where}: the model has no input {unknown[0]!r}; it reads {', '.join(known) or 'nothing'}")
+        raise UsageError(
+            f"{where}: the model has no input {unknown[0]!r}; it reads {', '.join(known) or 'nothing'}"
+        )
     return {name: _fit(np.asarray(feed[name]), known[name], where) for name in known}
 
 
 def _fit(array: Array, want: Input, where: str) -> Array:
+    if (
+        array.dtype.kind == "V" and array.dtype.itemsize == want.dtype.itemsize
+    ):  # what np.savez makes of bfloat16 and its like
+        array = array.view(want.dtype)
     if array.dtype != want.dtype:
         if not np.can_cast(array.dtype, want.dtype, "safe"):
             raise UsageError(f"{where}: input {want.name!r} is {array.dtype}, the model reads {want.dtype}")
         array = array.astype(want.dtype)
     if want.shape is not None:
-        bad = array.ndim != len(want.shape) or any(isinstance(w, int) and w != n for w, n in zip(want.shape, array.shape, strict=False))
+        bad = array.ndim != len(want.shape) or any(
+            isinstance(w, int) and w != n for w, n in zip(want.shape, array.shape, strict=False)
+        )
         if bad:
-            raise UsageError(f"{where}: input {want.name!r} has shape {array.shape}, the model reads {want.shape}")
+            raise UsageError(
+                f"{where}: input {want.name!r} has shape {array.shape}, the model reads {want.shape}"
+            )
     return array
 
 
@@ -228,7 +259,9 @@ STYLES = (
 )
 
 
-def draw(model: ir.Model, style: Style, seed: int, count: int, dims: Mapping[str, int], like: Feed | None = None) -> Feeds:
+def draw(
+    model: ir.Model, style: Style, seed: int, count: int, dims: Mapping[str, int], like: Feed | None = None
+) -> Feeds:
     """Seeded feeds: floats normal, ids below the smallest table that they index, masks one, pasts empty.
 
     dims: values of symbolic dimensions. like: a feed of the user's, of which only shapes are taken, and integers without a known
@@ -244,7 +277,11 @@ def draw(model: ir.Model, style: Style, seed: int, count: int, dims: Mapping[str
 
     feeds = [one(np.random.default_rng((seed, n))) for n in range(count)]
     copied = [i.name for i in inputs if _copies(i, style, bounds.get(i.name), like)]
-    note = f"inputs.json: {', '.join(copied)} copied from the first feed of --data, because shapes or loops hang on it" if copied else ""
+    note = (
+        f"inputs.json: {', '.join(copied)} copied from the first feed of --data, because shapes or loops hang on it"
+        if copied
+        else ""
+    )
     return Feeds(
         lambda: feeds, count, f"drawn:{seed}:{style}:{sorted(dims.items())}", f"{count} feeds drawn with seed {seed}", note=note
     )  # fmt: skip
@@ -254,7 +291,14 @@ def _copies(want: Input, style: Style, bound: int | None, like: Feed | None) -> 
     return like is not None and style.integers == "copy" and want.dtype.kind in "iu" and bound is None
 
 
-def _array(want: Input, rng: np.random.Generator, style: Style, sizes: dict[str, int], bound: int | None, like: Feed | None) -> Array:
+def _array(
+    want: Input,
+    rng: np.random.Generator,
+    style: Style,
+    sizes: dict[str, int],
+    bound: int | None,
+    like: Feed | None,
+) -> Array:
     if style.batch is None and like is not None:
         shape = like[want.name].shape
     else:
@@ -264,7 +308,9 @@ def _array(want: Input, rng: np.random.Generator, style: Style, sizes: dict[str,
     return _values(want, shape, rng, style, bound).astype(want.dtype)
 
 
-def _values(want: Input, shape: tuple[int, ...], rng: np.random.Generator, style: Style, bound: int | None) -> Array:
+def _values(
+    want: Input, shape: tuple[int, ...], rng: np.random.Generator, style: Style, bound: int | None
+) -> Array:
     if want.dtype == np.bool_ or "mask" in want.name.lower():
         return np.ones(shape)
     if want.dtype.kind in "iu":
@@ -302,7 +348,9 @@ def _id_bound(value: ir.Value) -> int | None:
         for use in at.uses():
             node, index = use.node, use.idx
             if node.op_type == "Gather" and index == 1 and node.inputs[0] is not None:
-                size = _rows(node.inputs[0], node.attributes["axis"].as_int() if "axis" in node.attributes else 0)
+                size = _rows(
+                    node.inputs[0], node.attributes["axis"].as_int() if "axis" in node.attributes else 0
+                )
                 found += [size] if size is not None else []
             elif node.op_type in _ID_CARRIERS and (index == 0 or node.op_type == "Concat"):
                 fresh = [v for v in node.outputs if v not in seen]

@@ -32,8 +32,12 @@ class Movement:
     rows: int = 0
     divergence: float = 0.0  # sum over rows of KL(softmax a || softmax b)
     agreed: int = 0  # rows whose largest entry is the same
-    problem: str = ""  # shapes or types that differ, strings that differ, NaN or Inf where the original is finite
-    drift: bool = False  # NaN or Inf of the original that came out otherwise: Inf times a rounded zero does that
+    problem: str = (
+        ""  # shapes or types that differ, strings that differ, NaN or Inf where the original is finite
+    )
+    drift: bool = (
+        False  # NaN or Inf of the original that came out otherwise: Inf times a rounded zero does that
+    )
 
     @property
     def is_logits(self) -> bool:
@@ -56,10 +60,15 @@ class Movement:
         if a.dtype.kind == "c":
             a, b = np.stack([a.real, a.imag], -1), np.stack([b.real, b.imag], -1)
         width = a.shape[-1] if a.ndim else 1
-        flat_a, flat_b = a.reshape(-1, width) if a.size else a.reshape(0, 1), b.reshape(-1, width) if b.size else b.reshape(0, 1)
+        flat_a, flat_b = (
+            a.reshape(-1, width) if a.size else a.reshape(0, 1),
+            b.reshape(-1, width) if b.size else b.reshape(0, 1),
+        )
         step = max(1, _ROWS // max(width, 1))
         for i in range(0, len(flat_a), step):
-            with np.errstate(over="ignore", invalid="ignore"):  # sums beyond float64 are Inf or NaN, which no limit lets pass
+            with np.errstate(
+                over="ignore", invalid="ignore"
+            ):  # sums beyond float64 are Inf or NaN, which no limit lets pass
                 self._block(flat_a[i : i + step].astype(np.float64), flat_b[i : i + step].astype(np.float64))
 
     def _block(self, a: Array, b: Array) -> None:
@@ -100,7 +109,13 @@ class Movement:
 
     def evidence(self, noise: float) -> OutputEvidence:
         """noise: relative L2 that the original moves by itself."""
-        snr = None if self.difference == 0 else 10 * math.log10(self.energy / self.difference) if self.energy > 0 else -math.inf
+        snr = (
+            None
+            if self.difference == 0
+            else 10 * math.log10(self.energy / self.difference)
+            if self.energy > 0
+            else -math.inf
+        )
         logits = self.is_logits and self.rows > 0
         return OutputEvidence(
             relative_l2=self.relative_l2,

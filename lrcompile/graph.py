@@ -120,9 +120,16 @@ def tensor_of(value: ir.Value | None) -> ir.TensorProtocol | None:
 def _spelled_out(node: ir.Node) -> ir.TensorProtocol | None:
     """The tensor of a Constant that holds numbers as value_int, value_ints, value_float or value_floats; the same one each time."""
     if "lrcompile.tensor" not in node.meta:
-        kinds = {"value_int": np.int64, "value_ints": np.int64, "value_float": np.float32, "value_floats": np.float32}
+        kinds = {
+            "value_int": np.int64,
+            "value_ints": np.int64,
+            "value_float": np.float32,
+            "value_floats": np.float32,
+        }
         given = next((a for n, a in node.attributes.items() if n in kinds and not a.is_ref()), None)
-        node.meta["lrcompile.tensor"] = None if given is None else ir.tensor(np.asarray(given.value, kinds[given.name]))
+        node.meta["lrcompile.tensor"] = (
+            None if given is None else ir.tensor(np.asarray(given.value, kinds[given.name]))
+        )
     found: ir.TensorProtocol | None = node.meta["lrcompile.tensor"]
     return found
 
@@ -133,7 +140,9 @@ def is_overridable(value: ir.Value) -> bool:
     Before IR 4 every initializer had to be listed as an input and meant a constant all the same;
     `mark_constants` records that on the values.
     """
-    return value.is_initializer() and value.is_graph_input() and not value.meta.get("lrcompile.constant", False)
+    return (
+        value.is_initializer() and value.is_graph_input() and not value.meta.get("lrcompile.constant", False)
+    )
 
 
 def mark_constants(model: ir.Model) -> None:
@@ -154,7 +163,9 @@ def reached_from(model: ir.Model, starts: Iterable[ir.Node]) -> set[ir.Node]:
         reached.add(node)
         for value in node.outputs:
             pending.extend(value.consumers())
-        for attribute in node.attributes.values():  # what a Loop or Scan is given, and what it carries round, enters its body
+        for attribute in (
+            node.attributes.values()
+        ):  # what a Loop or Scan is given, and what it carries round, enters its body
             for graph in _graphs_of(attribute):
                 pending.extend(n for v in graph.inputs for n in v.consumers())
         owner = owners.get(node.graph) if isinstance(node.graph, ir.Graph) else None
@@ -173,7 +184,9 @@ def opset_of(model: ir.Model) -> int:
     return model.opset_imports.get("", 1)
 
 
-def shapes_of(model: ir.Model, inputs: Mapping[str, tuple[int, ...]] | None = None) -> dict[ir.Value, ir.Shape]:
+def shapes_of(
+    model: ir.Model, inputs: Mapping[str, tuple[int, ...]] | None = None
+) -> dict[ir.Value, ir.Shape]:
     """Shape of every value for which onnx's shape inference finds one. The model is not changed.
 
     inputs: shapes to assume for graph inputs; with them most shapes become numbers.
@@ -249,7 +262,11 @@ class Builder:
         return output
 
     def constant(self, array: Array, name: str = "") -> ir.Value:
-        return self("Constant", name=name or f"constant_{self._count + 1}", value=ir.Tensor(np.ascontiguousarray(array)))
+        return self(
+            "Constant",
+            name=name or f"constant_{self._count + 1}",
+            value=ir.Tensor(np.ascontiguousarray(array)),
+        )
 
 
 def _attr(name: str, value: Any) -> ir.Attr:

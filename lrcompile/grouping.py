@@ -65,7 +65,9 @@ def _keeper(sites: Sequence[Site]) -> str:
         if node is not None and node.op_type != "Mul":  # of a product we do not know which side the weight is
             ours.update((node, i) for i in range(len(node.inputs)))
             pending.append(node.inputs[0] if node.inputs else None)
-    uses = sorted((u.node.name or u.node.op_type) for v in values for u in v.uses() if (u.node, u.idx) not in ours)
+    uses = sorted(
+        (u.node.name or u.node.op_type) for v in values for u in v.uses() if (u.node, u.idx) not in ours
+    )
     return uses[0] if uses else ""
 
 
@@ -192,7 +194,12 @@ def _back(value: ir.Value, through: frozenset[str], stop: Container[ir.Value] = 
 
     The others are shapes, a bias (Add), what masked rows get (Where), a cache that the caller gives (Concat).
     """
-    while value not in stop and (node := value.producer()) is not None and node.op_type in through and not node.domain:
+    while (
+        value not in stop
+        and (node := value.producer()) is not None
+        and node.op_type in through
+        and not node.domain
+    ):
         moving = list(node.inputs[:1])
         if node.op_type in ("Add", "Where"):
             moving = [v for v in node.inputs[-2:] if tensor_of(v) is None]

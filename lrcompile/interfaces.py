@@ -90,7 +90,9 @@ class Call:
 class Op(Protocol):
     """Makes nodes: ``op("MatMul", x, a, name="a")`` gives the node's output; attributes are keywords."""
 
-    def __call__(self, op_type: str, *inputs: ir.Value | None, name: str = "", **attributes: Any) -> ir.Value: ...
+    def __call__(
+        self, op_type: str, *inputs: ir.Value | None, name: str = "", **attributes: Any
+    ) -> ir.Value: ...
 
     def constant(self, array: Array, name: str = "") -> ir.Value:
         """A small constant inside the function."""
@@ -131,7 +133,12 @@ class Factorization(Protocol):
         ...
 
     def factorize(
-        self, group: Group, weights: Weights, statistics: StatisticsSource | None, candidate: Candidate, seed: int
+        self,
+        group: Group,
+        weights: Weights,
+        statistics: StatisticsSource | None,
+        candidate: Candidate,
+        seed: int,
     ) -> Factors:
         """The arrays of a candidate, float64. ``bias`` among them is the corrected bias, (N,)."""
         ...
@@ -168,7 +175,9 @@ class BuildOptions:
     target: str
     threads: int = 1
     optimize: bool = True
-    exact: bool = True  # ask the runtime for its accurate kernels: we compare, so it must not add errors of its own
+    exact: bool = (
+        True  # ask the runtime for its accurate kernels: we compare, so it must not add errors of its own
+    )
 
 
 class Engine(Protocol):

@@ -49,7 +49,9 @@ class Options:
         """Raises UsageError naming the option whose value makes no sense."""
         b = self.budget
         if b.keep is not None and not 0 < b.keep <= 1:
-            raise UsageError(f"--keep {b.keep:g}: give the share of parameters to keep, above 0 and at most 1")
+            raise UsageError(
+                f"--keep {b.keep:g}: give the share of parameters to keep, above 0 and at most 1"
+            )
         if b.energy is not None and not 0 < b.energy <= 1:
             raise UsageError(f"--energy {b.energy:g}: give a share, above 0 and at most 1")
         if isinstance(b.rank, int) and b.rank < 1:

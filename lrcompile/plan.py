@@ -90,7 +90,9 @@ def prepare(
     def work(group: Group) -> Curve | str:
         reasons = [eligible(s, group.kind == "tied", budget, include, exclude) for s in group.sites]
         # a weight with several readers is taken when any reader is wanted and none is excluded
-        barred = next((r for r in reasons if r == "excluded by name"), None) or (reasons[0] if all(reasons) else None)
+        barred = next((r for r in reasons if r == "excluded by name"), None) or (
+            reasons[0] if all(reasons) else None
+        )
         return barred or _curve(group, weights, statistics, methods, budget, target, supports)
 
     for group, made in zip(units, side_by_side(work, units, lambda group: group), strict=True):
@@ -103,7 +105,9 @@ def prepare(
         progress("plan", len(curves), len(units))
     tied = {s.weight for g in units if g.kind == "tied" for s in g.sites}
     refused = [s for s in finding.sites if s.refusal is not None]
-    elements = _count([s for s in refused if eligible(s, s.weight in tied, budget, include, exclude) is None], counted)
+    elements = _count(
+        [s for s in refused if eligible(s, s.weight in tied, budget, include, exclude) is None], counted
+    )
     return Problem(finding, tuple(curves), budget, target, total + elements, fixed + elements)
 
 
@@ -123,15 +127,24 @@ def _check_patterns(*patterns: str | None) -> None:
 
 
 def _curve(
-    group: Group, weights: Weights, statistics: StatisticsSource | None, methods: Sequence[Factorization],
-    budget: Budget, target: str, supports: Supports,
+    group: Group,
+    weights: Weights,
+    statistics: StatisticsSource | None,
+    methods: Sequence[Factorization],
+    budget: Budget,
+    target: str,
+    supports: Supports,
 ) -> Curve:
     """All candidates of a group that are legal, or the reasons of all methods."""
     found: list[Candidate] = []
     reasons: list[str] = []
     full = budget.rank == "full"
     if group.keeper and not full:
-        return Curve(group, (), f"{group.keeper} reads the weight too and keeps it in the file: factors would only add to it")
+        return Curve(
+            group,
+            (),
+            f"{group.keeper} reads the weight too and keeps it in the file: factors would only add to it",
+        )
     site = group.sites[0]
     options = CandidateOptions(
         ranks=(budget.rank,) if isinstance(budget.rank, int) else None,
@@ -168,7 +181,9 @@ def _costs(candidate: Candidate, dense: Decision) -> str | None:
     if candidate.cost.parameters >= dense.parameters_before:
         return f"rank {candidate.rank} would take as many parameters as the weight"
     if candidate.cost.bytes >= dense.bytes_before:
-        return f"its factors would take more bytes than the weight does in its own type ({dense.bytes_before:,})"
+        return (
+            f"its factors would take more bytes than the weight does in its own type ({dense.bytes_before:,})"
+        )
     return None
 
 
@@ -204,7 +219,9 @@ def revise(problem: Problem, trials: Sequence[Trial]) -> Plan | None:
         following = _at_ratio(problem, (high + low) / 2)
         if (verdict := known.get(_forms(following))) is None:
             return following
-        low, high = (low, (high + low) / 2) if verdict else ((high + low) / 2, high)  # the same ranks: it need not be tried again
+        low, high = (
+            (low, (high + low) / 2) if verdict else ((high + low) / 2, high)
+        )  # the same ranks: it need not be tried again
     return None
 
 
@@ -227,7 +244,9 @@ def _keep(problem: Problem, keep: float) -> Plan:
     limit = keep * problem.total
 
     def size(ratio: float) -> int:
-        return problem.fixed + sum(_parameters(_at(c, ratio), c.group) for c in problem.curves if c.candidates)
+        return problem.fixed + sum(
+            _parameters(_at(c, ratio), c.group) for c in problem.curves if c.candidates
+        )
 
     low, high = 0.0, 1.0
     if size(low) > limit:
@@ -279,13 +298,19 @@ def _assemble(problem: Problem, choose: Callable[[Curve], tuple[Candidate, str] 
             decisions.append(_dense(curve.group, curve.reason or _no_room(problem.budget)))
         else:
             candidate, reason = chosen
-            decisions.append(_decision(curve.group, candidate, f"{reason}; {candidate.note}" if candidate.note else reason))
+            decisions.append(
+                _decision(curve.group, candidate, f"{reason}; {candidate.note}" if candidate.note else reason)
+            )
     decisions += [_refused(s) for s in problem.finding.sites if s.refusal is not None]
     return Plan(problem.target, tuple(decisions), eligible=problem.total)
 
 
 def _no_room(budget: Budget) -> str:
-    return f"no rank below break-even holds {budget.energy:g} of the energy" if budget.energy is not None else "dense"
+    return (
+        f"no rank below break-even holds {budget.energy:g} of the energy"
+        if budget.energy is not None
+        else "dense"
+    )
 
 
 def _decision(group: Group, candidate: Candidate, reason: str) -> Decision:
@@ -298,7 +323,7 @@ def _decision(group: Group, candidate: Candidate, reason: str) -> Decision:
         bound=candidate.bound,
         parameters_after=candidate.cost.parameters,
         bytes_after=candidate.cost.bytes,
-        flops_after=candidate.cost.flops * len(group.sites),
+        flops_after=candidate.cost.flops,
         structure=candidate.structure,
     )
 
@@ -321,7 +346,11 @@ def _refused(site: Site) -> Decision:
 
 
 def check_plan(
-    given: Plan, finding: Finding, methods: Mapping[str, Factorization], weights: Weights, statistics: StatisticsSource | None,
+    given: Plan,
+    finding: Finding,
+    methods: Mapping[str, Factorization],
+    weights: Weights,
+    statistics: StatisticsSource | None,
     target: str,
 ) -> Plan:
     """A plan that a user may have edited, held against the model: cost and error are those of what it now asks for.
@@ -329,7 +358,9 @@ def check_plan(
     Raises UsageError naming the group that does not fit.
     """
     if given.target != target:
-        raise UsageError(f"the plan is for {given.target}, not for {target}: give --target {given.target}, or plan again")
+        raise UsageError(
+            f"the plan is for {given.target}, not for {target}: give --target {given.target}, or plan again"
+        )
     groups = {g.name: g for g in finding.groups}
     refused = {s.name for s in finding.sites if s.refusal is not None}
     taken: dict[str, str] = {}
@@ -343,24 +374,36 @@ def check_plan(
             why = "cannot be rewritten" if decision.group in refused else "is not in this model"
             raise UsageError(f"the plan rewrites {decision.group!r}, which {why}")
         if tuple(s.name for s in group.sites) != decision.sites:
-            raise UsageError(f"the plan's group {decision.group!r} holds other sites than the model's: {', '.join(decision.sites)}")
+            raise UsageError(
+                f"the plan's group {decision.group!r} holds other sites than the model's: {', '.join(decision.sites)}"
+            )
         if decision.method not in methods:
-            raise UsageError(f"the plan asks for {decision.method!r} at {decision.group!r}; known: {', '.join(sorted(methods))}")
+            raise UsageError(
+                f"the plan asks for {decision.method!r} at {decision.group!r}; known: {', '.join(sorted(methods))}"
+            )
         if refusal := methods[decision.method].serves(group):
             raise UsageError(f"the plan asks for {decision.method!r} at {decision.group!r}: {refusal.reason}")
         site = group.sites[0]
         if decision.rank is not None and not 1 <= decision.rank <= min(site.K, site.N):
-            raise UsageError(f"the plan's rank {decision.rank} at {decision.group!r} is not between 1 and {min(site.K, site.N)}")
+            raise UsageError(
+                f"the plan's rank {decision.rank} at {decision.group!r} is not between 1 and {min(site.K, site.N)}"
+            )
         for name in decision.sites:
             if name in taken:
-                raise UsageError(f"the plan rewrites {name!r} twice: in {taken[name]!r} and in {decision.group!r}")
+                raise UsageError(
+                    f"the plan rewrites {name!r} twice: in {taken[name]!r} and in {decision.group!r}"
+                )
             taken[name] = decision.group
         decisions.append(_priced(decision, group, methods[decision.method], weights, statistics))
     return replace(given, decisions=tuple(decisions))
 
 
 def _priced(
-    decision: Decision, group: Group, method: Factorization, weights: Weights, statistics: StatisticsSource | None
+    decision: Decision,
+    group: Group,
+    method: Factorization,
+    weights: Weights,
+    statistics: StatisticsSource | None,
 ) -> Decision:
     """The decision with the cost and the error of the form that it names."""
     ranks = (decision.rank,) if decision.rank is not None else None
@@ -368,12 +411,20 @@ def _priced(
     for options in (CandidateOptions(full=True), CandidateOptions(ranks=ranks)):
         if options.full and not method.exact_at_full_rank:
             continue
-        if not options.full and method.needs_data and not any(statistics and statistics.of(s) for s in group.sites):
-            raise UsageError(f"the plan asks for {method.name!r} at {group.name!r}, which needs calibration data there: give --data")
+        if (
+            not options.full
+            and method.needs_data
+            and not any(statistics and statistics.of(s) for s in group.sites)
+        ):
+            raise UsageError(
+                f"the plan asks for {method.name!r} at {group.name!r}, which needs calibration data there: give --data"
+            )
         for candidate in method.candidates(group, weights, statistics, options):
             if (candidate.rank, candidate.structure, candidate.storage) == form:
                 return _decision(group, candidate, decision.reason)
-    raise UsageError(f"the plan asks for {method.name!r} at {group.name!r} in a form that it does not have: {form}")
+    raise UsageError(
+        f"the plan asks for {method.name!r} at {group.name!r} in a form that it does not have: {form}"
+    )
 
 
 def group_by_name(finding: Finding) -> Mapping[str, Group]:

@@ -29,7 +29,20 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 FORMAT = 1
-_OURS = frozenset({"model.onnx", "model.onnx.data", "neutral.onnx", "engine.plan", "engine.rtx", "inputs.json", "outputs.json", "config.yaml", "report.html", MANIFEST})
+_OURS = frozenset(
+    {
+        "model.onnx",
+        "model.onnx.data",
+        "neutral.onnx",
+        "engine.plan",
+        "engine.rtx",
+        "inputs.json",
+        "outputs.json",
+        "config.yaml",
+        "report.html",
+        MANIFEST,
+    }
+)
 _FEEDS, _FEED_BYTES = 8, 16_000_000
 
 
@@ -60,7 +73,9 @@ def save_lowered(model: ir.Model | None, source: Source, folder: Path, external:
         return save_model(source.model, folder, external=external)
     for name, _ in source.weights:
         if name in _OURS:
-            raise ModelError(f"{source.path}: its external file {name!r} has the name of one that is published; rename it")
+            raise ModelError(
+                f"{source.path}: its external file {name!r} has the name of one that is published; rename it"
+            )
         copy_file(source.path.parent / name, folder / name)
     copy_file(source.path, folder / "model.onnx")
     return folder / "model.onnx"
@@ -87,7 +102,10 @@ def publish(
         write_text(folder / "outputs.json", results.to_json())
     if package.neutral is not None:
         save_model(package.neutral, folder, name="neutral.onnx", external=package.options.external_data)
-    write_text(folder / "config.yaml", yaml.safe_dump(configuration(package.options), sort_keys=False, allow_unicode=True))
+    write_text(
+        folder / "config.yaml",
+        yaml.safe_dump(configuration(package.options), sort_keys=False, allow_unicode=True),
+    )
     document = manifest(package, feeds[0] if feeds else {})
     write_text(folder / "report.html", report(_for_readers(package, document), package.notes))
     document["files"] = fingerprints(folder)
@@ -118,7 +136,11 @@ def small_enough(feeds: Iterable[Feed]) -> list[Feed]:
 def manifest(package: Package, first: Feed) -> dict[str, Any]:
     """``lrcompile.json`` but for its ``files``. Holds no time, no host and no path."""
     totals = totals_of(package, first)
-    before_after = {f"{n}_{w}": getattr(totals, f"{n}_{w}") for n in ("parameters", "bytes", "flops") for w in ("before", "after")}
+    before_after = {
+        f"{n}_{w}": getattr(totals, f"{n}_{w}")
+        for n in ("parameters", "bytes", "flops")
+        for w in ("before", "after")
+    }
     document = {
         "format": FORMAT,
         "source": {"sha256": package.source.sha256, "weights_sha256": dict(package.source.weights)},
@@ -158,11 +180,16 @@ def site_reports(finding: Finding, plan: Plan, sets: Sequence[FactorSet]) -> tup
         rewrites = decision is not None and decision.rewrites
         lines.append(
             SiteReport(
-                name=site.name, op=site.op, weight_shape=site.weight_shape,
+                name=site.name,
+                op=site.op,
+                weight_shape=site.weight_shape,
                 method=decision.method if decision is not None and rewrites else "dense",
                 rank=decision.rank if decision is not None and rewrites else None,
-                storage=(decision.storage or _stored(sets, decision.group)) if decision is not None and rewrites else None,
-                parameters_before=before, parameters_after=after,
+                storage=(decision.storage or _stored(sets, decision.group))
+                if decision is not None and rewrites
+                else None,
+                parameters_before=before,
+                parameters_after=after,
                 claimed_error=decision.claimed_error if decision is not None and rewrites else None,
                 measured_error=measured.get(decision.group) if decision is not None else None,
                 reason=decision.reason if decision is not None else site.refusal or "",
@@ -184,7 +211,9 @@ def totals_of(package: Package, first: Feed) -> Totals:
     for decision in package.plan.rewritten:
         per_row = (decision.flops_before - decision.flops_after) // max(len(decision.sites), 1)
         saved += sum(rows[name] * per_row for name in decision.sites)
-    return Totals(parameters_of(before), parameters_of(after), bytes_of(before), bytes_of(after), flops, flops - saved)
+    return Totals(
+        parameters_of(before), parameters_of(after), bytes_of(before), bytes_of(after), flops, flops - saved
+    )
 
 
 def _rows(package: Package, first: Feed) -> dict[str, int]:

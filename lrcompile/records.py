@@ -262,7 +262,7 @@ class InputStatistics:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a form of a group's weights costs. flops: 2 MACs for one row of input (one id for tables)."""
+    """What a form of a group's weights costs. flops: 2 MACs for one row of input (one id for tables) at each of its readers."""
 
     parameters: int
     bytes: int
@@ -387,8 +387,13 @@ class Plan:
                 raise TypeError(f"the rank {rank!r} of {entry['group']!r} is not a whole number")
             entry["structure"] = tuple((str(k), v) for k, v in entry.get("structure", ()))
             decisions.append(Decision(**entry))
-        return cls(document["target"], tuple(decisions), tuple(document.get("notes", ())), document.get("ratio"),
-                   document.get("eligible"))
+        return cls(
+            document["target"],
+            tuple(decisions),
+            tuple(document.get("notes", ())),
+            document.get("ratio"),
+            document.get("eligible"),
+        )
 
     def __str__(self) -> str:
         lines = [f"{'site':44} {'method':10} {'rank':>6} {'kept':>7} {'error':>9}  reason"]
@@ -435,7 +440,9 @@ class Evidence:
 
     def with_noise(self, relative: Mapping[str, float]) -> Evidence:
         """The same with each output's noise floor filled in."""
-        outputs = tuple((n, dataclasses.replace(o, noise_floor=relative.get(n, 0.0))) for n, o in self.outputs)
+        outputs = tuple(
+            (n, dataclasses.replace(o, noise_floor=relative.get(n, 0.0))) for n, o in self.outputs
+        )
         return dataclasses.replace(self, outputs=outputs)
 
     def to_json(self) -> dict[str, Any]:

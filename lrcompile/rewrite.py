@@ -25,12 +25,16 @@ def rewrite(model: ir.Model, sets: Sequence[FactorSet]) -> ir.Model:
     for factors in sets:
         prefixes = [names.node(f"{site.name}/{factors.decision.method}") for site in factors.group.sites]
         values = {
-            name: _initializer(copy, names.value(f"{prefixes[0]}/{name}"), factors.storage, shape, _loader(factors, name))
+            name: _initializer(
+                copy, names.value(f"{prefixes[0]}/{name}"), factors.storage, shape, _loader(factors, name)
+            )
             for name, shape in factors.shapes.items()
             if not name.startswith("bias")
         }
         edits = factors.method.edits(factors.group, factors.load())
-        for site, transposed, prefix in zip(factors.group.sites, factors.group.transposed, prefixes, strict=True):
+        for site, transposed, prefix in zip(
+            factors.group.sites, factors.group.transposed, prefixes, strict=True
+        ):
             _edit_bias(copy, site, twins, edits, names)
             _call(copy, site, twins[site.node], transposed, factors, values, prefix)
     return copy
@@ -48,13 +52,21 @@ def reconstructed(model: ir.Model, sets: Sequence[FactorSet]) -> ir.Model:
     return copy
 
 
-def jittered(model: ir.Model, sets: Sequence[FactorSet], read: Callable[[Site], Array], seed: int) -> ir.Model:
+def jittered(
+    model: ir.Model, sets: Sequence[FactorSet], read: Callable[[Site], Array], seed: int
+) -> ir.Model:
     """A copy in which every rewritten weight (N, K) is moved by half a unit in the last place, up or down by chance."""
     copy, twins = _copy(model)
     names = Names(copy)
     for factors in sets:
         for site in factors.group.sites:
-            _replace_weight(copy, site, twins[site.node], names, _jitter(read, site, _coarser(site, factors.storage), seed))
+            _replace_weight(
+                copy,
+                site,
+                twins[site.node],
+                names,
+                _jitter(read, site, _coarser(site, factors.storage), seed),
+            )
     return copy
 
 
@@ -62,11 +74,16 @@ def _reconstruction(factors: FactorSet, site: Site) -> Callable[[], Array]:
     return lambda: factors.method.reconstruct(factors.group, factors.load())[site.name, "weight"]
 
 
-def _jitter(read: Callable[[Site], Array], site: Site, storage: ir.DataType, seed: int) -> Callable[[], Array]:
+def _jitter(
+    read: Callable[[Site], Array], site: Site, storage: ir.DataType, seed: int
+) -> Callable[[], Array]:
     def weight() -> Array:
         W = read(site)
         ulp = np.abs(np.spacing(np.abs(W).astype(storage.numpy()))).astype(np.float64)
-        sign = np.random.default_rng((seed, site.elements)).choice((-0.5, 0.5), W.shape)
+        half = (
+            1.0 if storage == ir.DataType.DOUBLE else 0.5
+        )  # there half a unit is nothing: float64 is what we compute in
+        sign = half * np.random.default_rng((seed, site.elements)).choice((-1.0, 1.0), W.shape)
         moved: Array = W + sign * ulp
         return moved
 
@@ -90,7 +107,9 @@ def _loader(factors: FactorSet, name: str) -> Callable[[], Array]:
     return lambda: factors.load()[name]
 
 
-def _initializer(model: ir.Model, name: str, dtype: ir.DataType, shape: tuple[int, ...], load: Callable[[], Array]) -> ir.Value:
+def _initializer(
+    model: ir.Model, name: str, dtype: ir.DataType, shape: tuple[int, ...], load: Callable[[], Array]
+) -> ir.Value:
     """A constant of the main graph whose array is read when the file is written."""
     tensor = ir.LazyTensor(
         lambda: ir.Tensor(np.ascontiguousarray(load()), name=name),
@@ -105,11 +124,21 @@ def _initializer(model: ir.Model, name: str, dtype: ir.DataType, shape: tuple[in
 
 
 def _call(
-    model: ir.Model, site: Site, node: ir.Node, transposed: bool, factors: FactorSet, values: Mapping[str, ir.Value], prefix: str
+    model: ir.Model,
+    site: Site,
+    node: ir.Node,
+    transposed: bool,
+    factors: FactorSet,
+    values: Mapping[str, ir.Value],
+    prefix: str,
 ) -> None:
     """Put a call of a new function, named prefix, in the place of a site's node."""
     assert site.wiring is not None and node.graph is not None
-    metadata = {"lrcompile.method": factors.decision.method, "lrcompile.weight": site.weight, "lrcompile.group": factors.group.name}
+    metadata = {
+        "lrcompile.method": factors.decision.method,
+        "lrcompile.weight": site.weight,
+        "lrcompile.group": factors.group.name,
+    }
     op = Builder(prefix, metadata)
     data = ir.Value(name=f"{prefix}/x")
     parameters = {name: ir.Value(name=f"{prefix}/{name}_in") for name in values}
@@ -127,7 +156,12 @@ def _call(
     if addend is not None:
         term = addend
         if site.wiring.addend_scale != 1.0:
-            term = op("Mul", addend, op.constant(np.asarray(site.wiring.addend_scale, compute.numpy()), "beta"), name="scaled_c")
+            term = op(
+                "Mul",
+                addend,
+                op.constant(np.asarray(site.wiring.addend_scale, compute.numpy()), "beta"),
+                name="scaled_c",
+            )
         y = op("Add", y, term, name="sum")
     inputs = [data, *parameters.values(), *([addend] if addend is not None else [])]
     body = ir.Graph(inputs, [y], nodes=op.nodes, opset_imports={"": opset_of(model)}, name=prefix)
@@ -181,7 +215,11 @@ def _drop(model: ir.Model, value: ir.Value) -> None:
 
 
 def _edit_bias(
-    model: ir.Model, site: Site, twins: Mapping[ir.Node, ir.Node], edits: Mapping[Constant, Array], names: Names
+    model: ir.Model,
+    site: Site,
+    twins: Mapping[ir.Node, ir.Node],
+    edits: Mapping[Constant, Array],
+    names: Names,
 ) -> None:
     corrected = edits.get((site.name, "bias"))
     if corrected is None or site.bias is None:
@@ -195,7 +233,9 @@ def _edit_bias(
     _drop(model, old)
 
 
-def _replace_weight(model: ir.Model, site: Site, node: ir.Node, names: Names, matrix: Callable[[], Array]) -> None:
+def _replace_weight(
+    model: ir.Model, site: Site, node: ir.Node, names: Names, matrix: Callable[[], Array]
+) -> None:
     """Let a node read another matrix (K, N): a constant in the shape in which the node reads its operand."""
     old = node.inputs[site.operand]
     assert old is not None

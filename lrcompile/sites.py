@@ -81,7 +81,9 @@ def find(model: ir.Model) -> Finding:
             if site.refusal is None and body.function is not None:
                 site = replace(site, refusal="stands in a local function that could not be inlined")
             if site.refusal is None and not _is_finite(site, finite):
-                logger.warning("%s: the weight %s holds NaN or Inf and is left as it is", site.name, site.weight)
+                logger.warning(
+                    "%s: the weight %s holds NaN or Inf and is left as it is", site.name, site.weight
+                )
                 site = replace(site, refusal=_NOT_FINITE)
             sites.append(replace(site, name=_unique(site.name, used)))
     spoiled = reached_from(model, [s.node for s in sites if s.refusal == _NOT_FINITE])
@@ -194,7 +196,9 @@ def _trace(value: ir.Value) -> tuple[ir.Value, ir.Value, Layout | None, str | No
         else:
             return None
         source = node.inputs[0]
-        if node.op_type == "Mul" and _extent(node.inputs[0]) < _extent(node.inputs[1]):  # the other one is the scale
+        if node.op_type == "Mul" and _extent(node.inputs[0]) < _extent(
+            node.inputs[1]
+        ):  # the other one is the scale
             source = node.inputs[1]
         if source is None:
             return None
@@ -246,7 +250,11 @@ def _extent(value: ir.Value | None) -> tuple[int, int, bool]:
         node = value.producer()
         value = node.inputs[0] if node is not None and node.inputs else None
     tensor = value.const_value if value is not None and value.is_initializer() else tensor_of(value)
-    return (int(tensor.size), len(tensor.shape), tensor.dtype not in FLOATS) if tensor is not None else (0, 0, False)
+    return (
+        (int(tensor.size), len(tensor.shape), tensor.dtype not in FLOATS)
+        if tensor is not None
+        else (0, 0, False)
+    )
 
 
 def _shape_through(chain: list[ir.Node], shape: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -255,7 +263,11 @@ def _shape_through(chain: list[ir.Node], shape: tuple[int, ...]) -> tuple[int, .
     for node in chain:
         if node.op_type in _LAYOUT_OPS:
             layout = _step(layout, node) if layout is not None else None
-        elif node.op_type == "Mul" and layout is not None and max(_extent(v)[0] for v in node.inputs) > math.prod(layout.shape):
+        elif (
+            node.op_type == "Mul"
+            and layout is not None
+            and max(_extent(v)[0] for v in node.inputs) > math.prod(layout.shape)
+        ):
             return None
     return layout.shape if layout is not None else None
 
@@ -267,7 +279,9 @@ def _step(layout: Layout, node: ir.Node) -> Layout | None:
         return layout
     if node.op_type == "Transpose":
         perm = node.attributes.get("perm")
-        return layout.transpose(tuple(perm.as_ints()) if perm is not None else tuple(reversed(range(len(shape)))))
+        return layout.transpose(
+            tuple(perm.as_ints()) if perm is not None else tuple(reversed(range(len(shape))))
+        )
     axes = node.attributes.get("axes")
     argument = node.inputs[1] if len(node.inputs) > 1 else None
     given: list[int] | None = list(axes.as_ints()) if axes is not None else None
@@ -286,7 +300,11 @@ def _step(layout: Layout, node: ir.Node) -> Layout | None:
             wanted[wanted.index(-1)] = math.prod(shape) // rest if rest else 0
         return layout.reshape(tuple(wanted))
     if node.op_type == "Squeeze":
-        drop = {a % len(shape) for a in given} if given is not None else {i for i, n in enumerate(shape) if n == 1}
+        drop = (
+            {a % len(shape) for a in given}
+            if given is not None
+            else {i for i, n in enumerate(shape) if n == 1}
+        )
         return layout.reshape(tuple(n for i, n in enumerate(shape) if i not in drop))
     if given is None:  # Unsqueeze
         return None
@@ -336,7 +354,8 @@ def _is_finite(site: Site, known: dict[int, bool]) -> bool:
             flat = array.reshape(-1)
             block = 1 << 22  # a block at a time: the mask must not cost a weight's memory
             known[id(tensor)] = all(
-                bool(np.isfinite(flat[i : i + block].astype(np.float32, copy=False)).all()) if array.dtype.itemsize < 8
+                bool(np.isfinite(flat[i : i + block].astype(np.float32, copy=False)).all())
+                if array.dtype.itemsize < 8
                 else bool(np.isfinite(flat[i : i + block]).all())
                 for i in range(0, flat.size, block)
             )

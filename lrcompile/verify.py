@@ -106,12 +106,16 @@ def compare(first: Engine, second: Engine, feeds: Iterable[Feed]) -> Strict:
         runners = [EngineRunner(first, like, "original"), EngineRunner(second, like, "compiled")]
         with without_torch(), G_LOGGER.verbosity(G_LOGGER.CRITICAL):
             # not Comparator.compare_accuracy: it prints statistics of every output, and takes minutes over logits to make them
-            for results in Comparator.run(runners, data_loader=itertools.chain([like], stream_of_feeds), streaming=True):
+            for results in Comparator.run(
+                runners, data_loader=itertools.chain([like], stream_of_feeds), streaming=True
+            ):
                 policy.add(results[0][1][0], results[1][1][0])
         for name, moved in policy.movements.items():
             moved.eps = runners[0].eps.get(name, 0.0)
     if not policy.failures and not any(m.count or m.problem for m in policy.movements.values()):
-        raise VerificationError("nothing was compared: no feed, no output, or outputs without a single number")
+        raise VerificationError(
+            "nothing was compared: no feed, no output, or outputs without a single number"
+        )
     return policy
 
 
@@ -141,11 +145,16 @@ def check_rewrite(
     child: Child, target: str, oracle: Path, lowered: Path, noise: Noise, feeds: Iterable[Feed]
 ) -> tuple[str, ...]:
     """First question: the published model against the original graph with reconstructed weights. Sentences of what failed."""
-    with child.build(target, oracle, BuildOptions(target)) as a, child.build(target, lowered, BuildOptions(target)) as b:
+    with (
+        child.build(target, oracle, BuildOptions(target)) as a,
+        child.build(target, lowered, BuildOptions(target)) as b,
+    ):
         return differences(a, b, noise, feeds, "the original with reconstructed weights")
 
 
-def differences(first: Engine, second: Engine, noise: Noise, feeds: Iterable[Feed], what: str) -> tuple[str, ...]:
+def differences(
+    first: Engine, second: Engine, noise: Noise, feeds: Iterable[Feed], what: str
+) -> tuple[str, ...]:
     """Where two engines differ by more than noise and rounding allow, in sentences. what: the first one's name in them."""
     policy = compare(first, second, feeds)
     return (*policy.failures, *(f for m in policy.movements.values() for f in _wrong(m, noise, what)))
@@ -194,7 +203,9 @@ def judge(evidence: Evidence, limits: Sequence[Limit], unchanged: bool) -> Evide
         name, worst = _worst(evidence, limit)
         if not limit.holds(worst):
             failures.append(f"{name}: {limit.name} is {worst:.4g}, {limit} was asked for")
-    verdict: Literal["passed", "failed", "unchanged"] = "failed" if failures else "unchanged" if unchanged else "passed"
+    verdict: Literal["passed", "failed", "unchanged"] = (
+        "failed" if failures else "unchanged" if unchanged else "passed"
+    )
     return replace(evidence, verdict=verdict, failures=tuple(failures))
 
 
@@ -206,10 +217,16 @@ def _worst(evidence: Evidence, limit: Limit) -> tuple[str, float]:
         before, after = evidence.metric
         return "--metric", after / before if limit.relative and before else after
     name = "snr_db" if limit.name == "snr" else limit.name
-    values = [(n, _figure(o, name)) for n, o in evidence.outputs if name not in ("kl", "top1") or getattr(o, name) is not None]
+    values = [
+        (n, _figure(o, name))
+        for n, o in evidence.outputs
+        if name not in ("kl", "top1") or getattr(o, name) is not None
+    ]
     if not values:
         raise UsageError(f"--max-error {limit.name} needs an output named like 'logits'; there is none")
-    lost = next((v for v in values if math.isnan(v[1])), None)  # infinite sums: worse than any number, and neither min nor max sees it
+    lost = next(
+        (v for v in values if math.isnan(v[1])), None
+    )  # infinite sums: worse than any number, and neither min nor max sees it
     return lost or (min if limit.floor else max)(values, key=lambda pair: pair[1])
 
 
@@ -246,4 +263,8 @@ def _is_float(array: Array) -> bool:
 
 def _widened(array: Array) -> Array:
     """bfloat16, float8 and 4-bit types as float32: Polygraphy's comparator knows none of them."""
-    return array.astype(np.float32) if array.dtype.name.startswith(("bfloat", "float8", "float4", "int4", "uint4", "int2", "uint2")) else array
+    return (
+        array.astype(np.float32)
+        if array.dtype.name.startswith(("bfloat", "float8", "float4", "int4", "uint4", "int2", "uint2"))
+        else array
+    )

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -127,6 +127,7 @@ def _build(
     del light
     legal.check_text(proto)
     legal.check_header(proto)
+    declared = {"input": _declared(proto.graph.input), "output": _declared(proto.graph.output)}
     legal.normalise(proto)
     arrays = tensors.Arrays(folder, own, held)
     notes = tensors.make_dense(proto, arrays)
@@ -135,7 +136,16 @@ def _build(
     legal.check(proto)
     with legal.foreign("onnx-ir cannot read it"):
         model = ir.from_proto(proto)
+    for side, values in (("input", model.graph.inputs), ("output", model.graph.outputs)):
+        for value in values:
+            # one value to onnx-ir, but declared twice in the file, perhaps in different words
+            if value.is_graph_output() and (value.is_graph_input() or value.is_initializer()):
+                value.meta.setdefault(models.DECLARED, {})[side] = declared[side].get(value.name or "", b"")
     notes += functions.flatten(model)
     models.replace_tensors(model, arrays.replacement)
     graph.mark_constants(model)
     return model, tuple(notes)
+
+
+def _declared(infos: Iterable[onnx.ValueInfoProto]) -> dict[str, bytes]:
+    return {info.name: info.SerializeToString() for info in infos}

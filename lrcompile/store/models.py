@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lrcompile.errors import ModelError
 from lrcompile.store import wire
@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 SMALL = 1024  # bytes; what is smaller stays in the graph, where shape inference sees it
 LARGE = 1 << 30  # bytes of weights from which they get a file of their own (protobuf ends at 2 GiB)
 ALIGNMENT = 64
+# In the `meta` of a value that is an output and also an input or an initializer: how the file declares it on either side.
+DECLARED = "lrcompile.declared"
 
 Replace = Callable[["ir.TensorProtocol"], "ir.TensorProtocol | None"]
 
@@ -77,9 +79,19 @@ def detach(
 
     undo = replace_tensors(model, stand_in)
     try:
-        return ir.to_proto(model).SerializeToString(deterministic=True), held
+        proto = ir.to_proto(model)
+        _declare(model.graph.inputs, proto.graph.input, "input")
+        _declare(model.graph.outputs, proto.graph.output, "output")
+        return proto.SerializeToString(deterministic=True), held
     finally:
         undo()
+
+
+def _declare(values: Iterable[ir.Value], infos: Iterable[Any], side: str) -> None:
+    """Give interface values back the declarations that the file had."""
+    for value, info in zip(values, infos, strict=True):
+        if declaration := value.meta.get(DECLARED, {}).get(side):
+            info.ParseFromString(declaration)
 
 
 def _outside_the_graph(model: ir.Model) -> list[ir.TensorProtocol]:

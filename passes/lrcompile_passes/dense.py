@@ -41,17 +41,25 @@ class Dense:
         self, group: Group, weights: Weights, statistics: StatisticsSource | None, options: CandidateOptions
     ) -> Iterator[Candidate]:
         site = group.sites[0]
-        cost = Cost(group.elements, group.elements * weights.itemsize(site), 2 * site.N * (site.K if site.kind == "linear" else 0))
+        flops = 2 * site.K * site.N * sum(s.kind == "linear" for s in group.sites)
+        cost = Cost(group.elements, group.elements * weights.itemsize(site), flops)
         yield Candidate("dense", min(site.K, site.N), cost, 0.0)
 
     def factorize(
-        self, group: Group, weights: Weights, statistics: StatisticsSource | None, candidate: Candidate, seed: int
+        self,
+        group: Group,
+        weights: Weights,
+        statistics: StatisticsSource | None,
+        candidate: Candidate,
+        seed: int,
     ) -> Factors:
         return {"w": weights.matrix(group.sites[0])}
 
     def reconstruct(self, group: Group, factors: Factors) -> Mapping[Constant, Array]:
         w = factors["w"].astype(np.float64)
-        return {(s.name, "weight"): w.T if t else w for s, t in zip(group.sites, group.transposed, strict=True)}
+        return {
+            (s.name, "weight"): w.T if t else w for s, t in zip(group.sites, group.transposed, strict=True)
+        }
 
     def emit(self, op: Op, call: Call) -> ir.Value:
         w = call.factors["w"]

@@ -71,7 +71,11 @@ class Svd:
         itemsize = weights.itemsize(site)
 
         def cost(rank: int) -> Cost:
-            flops = 2 * rank * (site.N + (site.K if site.kind == "linear" else 0))
+            # a product meets both factors; a lookup takes a row of the first one (the second, when it reads the transpose)
+            flops = sum(
+                2 * rank * (site.K + site.N if s.kind == "linear" else site.K if t else site.N)
+                for s, t in zip(group.sites, group.transposed, strict=True)
+            )
             return Cost(rank * (site.K + site.N), rank * (site.K + site.N) * itemsize, flops)
 
         if options.full:
@@ -84,14 +88,23 @@ class Svd:
         # the plain form bounds the error of the weight, not that of what the data makes of it
         bound = group.kind == "alone" and (self.needs_data or statistics is None)
         note = self._note(group, statistics)
-        ranks = options.ranks if options.ranks is not None else range(options.multiple, full + 1, options.multiple)
+        ranks = (
+            options.ranks
+            if options.ranks is not None
+            else range(options.multiple, full + 1, options.multiple)
+        )
         for rank in ranks:
             if 1 <= rank <= full:
                 error = float(np.sqrt(tails[min(rank, len(energy))] / total)) + _CLAIM_SLACK
                 yield Candidate(self.name, rank, cost(rank), error, bound, note=note)
 
     def factorize(
-        self, group: Group, weights: Weights, statistics: StatisticsSource | None, candidate: Candidate, seed: int
+        self,
+        group: Group,
+        weights: Weights,
+        statistics: StatisticsSource | None,
+        candidate: Candidate,
+        seed: int,
     ) -> Factors:
         site = group.sites[0]
         W = weights.matrix(site)
@@ -115,7 +128,9 @@ class Svd:
 
     def reconstruct(self, group: Group, factors: Factors) -> Mapping[Constant, Array]:
         w = factors["a"].astype(np.float64) @ factors["b"].astype(np.float64)
-        changed = {(s.name, "weight"): w.T if t else w for s, t in zip(group.sites, group.transposed, strict=True)}
+        changed = {
+            (s.name, "weight"): w.T if t else w for s, t in zip(group.sites, group.transposed, strict=True)
+        }
         return {**changed, **self.edits(group, factors)}
 
     def emit(self, op: Op, call: Call) -> ir.Value:
@@ -140,10 +155,17 @@ class Svd:
         known = statistics.of(group.sites[0]) if statistics is not None else None
         if known is None or known.count >= _ENOUGH * group.sites[0].K:
             return ""
-        return f"few samples: {known.count} rows for {group.sites[0].K} inputs, shrunk by {known.shrinkage:.2g}"
+        return (
+            f"few samples: {known.count} rows for {group.sites[0].K} inputs, shrunk by {known.shrinkage:.2g}"
+        )
 
     def _centres(self, group: Group, statistics: StatisticsSource | None) -> bool:
-        return self.name == "svd" and group.kind == "alone" and group.sites[0].bias is not None and statistics is not None
+        return (
+            self.name == "svd"
+            and group.kind == "alone"
+            and group.sites[0].bias is not None
+            and statistics is not None
+        )
 
     def _spectrum(self, group: Group, weights: Weights, statistics: StatisticsSource | None) -> Factors:
         """basis (N, min(K, N)) with orthonormal columns, energy (min(K, N),), falling, and the total (1,) that errors are relative to.
@@ -197,7 +219,11 @@ def _left_moment(group: Group, statistics: StatisticsSource | None, centred: boo
     if len(known) == 1 and centred:
         return known[0].centred
     total = sum(s.count for s in known) or 1
-    parts = [(s.count / total) * m for s in known if (m := s.second if s.second is not None else s.frequencies) is not None]
+    parts = [
+        (s.count / total) * m
+        for s in known
+        if (m := s.second if s.second is not None else s.frequencies) is not None
+    ]
     if not parts:
         return None
     if len({p.ndim for p in parts}) > 1:  # a lookup and a product read the same orientation: one dense moment

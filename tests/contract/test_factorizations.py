@@ -50,7 +50,9 @@ class Statistics:
 def model_of(kind: str, K: int, N: int, seed: int, rank: int) -> ir.Model:
     """One weight (K, N) of decaying spectrum, and its readers."""
     rng = np.random.default_rng(seed)
-    W = (rng.standard_normal((K, rank)) @ rng.standard_normal((rank, N)) + 0.1 * rng.standard_normal((K, N))).astype(np.float32)
+    W = (
+        rng.standard_normal((K, rank)) @ rng.standard_normal((rank, N)) + 0.1 * rng.standard_normal((K, N))
+    ).astype(np.float32)
     b = rng.standard_normal(N).astype(np.float32)
     w, c = ir.val("w", const_value=ir.tensor(W, name="w")), ir.val("c", const_value=ir.tensor(b, name="c"))
     x = ir.val("x", ir.DataType.FLOAT, ir.Shape(["batch", K]))
@@ -109,12 +111,17 @@ def feeds_of(model: ir.Model, table: int, seed: int) -> dict[str, Array]:
 def run(model: ir.Model, feeds: Mapping[str, Array]) -> dict[str, list[Array]]:
     proto = ir.to_proto(model)
     session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
-    return {"reference": ReferenceEvaluator(proto).run(None, dict(feeds)), "ort": session.run(None, dict(feeds))}
+    return {
+        "reference": ReferenceEvaluator(proto).run(None, dict(feeds)),
+        "ort": session.run(None, dict(feeds)),
+    }
 
 
 def decision(group: Group, candidate: Candidate) -> Decision:
     n = group.elements
-    storage = "float" if candidate.method == "dense" else candidate.storage  # dense in its own type would rewrite nothing
+    storage = (
+        "float" if candidate.method == "dense" else candidate.storage
+    )  # dense in its own type would rewrite nothing
     return Decision(
         group.name, tuple(s.name for s in group.sites), candidate.method, candidate.rank, storage, candidate.error,
         candidate.bound, n, candidate.cost.parameters, 4 * n, candidate.cost.bytes, 0, candidate.cost.flops, "", candidate.structure,
@@ -138,18 +145,26 @@ def cases(method: Factorization, cache: Cache, kind: str, K: int, N: int, seed: 
         statistics = statistics_of(group.sites, seed, samples=4 * max(K, N)) if with_data else None
         if method.needs_data and statistics is None:
             continue
-        for candidate in method.candidates(group, weights, statistics, CandidateOptions(ranks=(1, 2, min(K, N)))):
+        for candidate in method.candidates(
+            group, weights, statistics, CandidateOptions(ranks=(1, 2, min(K, N)))
+        ):
             yield model, group, weights, statistics, candidate
 
 
 SIZES = st.integers(2, 12)
-FEW = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+FEW = settings(
+    max_examples=12,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
 
 
 @pytest.mark.parametrize("name", METHODS)
 @given(kind=st.sampled_from(KINDS), K=SIZES, N=SIZES, seed=st.integers(0, 99), with_data=st.booleans())
 @FEW
-def test_claims_and_emission(cache: Cache, name: str, kind: str, K: int, N: int, seed: int, with_data: bool) -> None:
+def test_claims_and_emission(
+    cache: Cache, name: str, kind: str, K: int, N: int, seed: int, with_data: bool
+) -> None:
     method = registry.factorization(name)
     for model, group, weights, statistics, candidate in cases(method, cache, kind, K, N, seed, with_data):
         plan = Plan("reference", (decision(group, candidate),))
@@ -196,7 +211,9 @@ def test_deterministic(tmp_path: Path, name: str) -> None:
     method = registry.factorization(name)
     made: list[list[Array]] = []
     for turn in range(2):
-        cache = Cache(tmp_path / str(turn))  # an empty cache each: nothing may be remembered from the first turn
+        cache = Cache(
+            tmp_path / str(turn)
+        )  # an empty cache each: nothing may be remembered from the first turn
         arrays = []
         for kind in KINDS:
             for _, group, weights, statistics, candidate in cases(method, cache, kind, 9, 7, 3, True):
