@@ -72,10 +72,16 @@ class Cache:
     def scratch(self) -> Iterator[Path]:
         """A private folder for the time of a with-statement. What killed runs left behind is removed."""
         parent = self.root / "scratch"
-        with io_errors(parent, "create the cache folder"):
-            parent.mkdir(parents=True, exist_ok=True)
-            remove_orphans(parent, "")
-        with owned_folder(parent, f"{os.getpid()}-{secrets.token_hex(4)}") as folder:
+        with contextlib.ExitStack() as stack:
+            with io_errors(parent, "create the cache folder"):
+                parent.mkdir(parents=True, exist_ok=True)
+                with _one_at_a_time(
+                    parent
+                ):  # or another run takes a folder that is made but not yet marked for an orphan
+                    remove_orphans(parent, "")
+                    folder = stack.enter_context(
+                        owned_folder(parent, f"{os.getpid()}-{secrets.token_hex(4)}")
+                    )
             yield folder
 
 
@@ -110,6 +116,18 @@ def remove_orphans(parent: Path, prefix: str) -> None:
                     shutil.rmtree(folder, ignore_errors=True)
             finally:
                 os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Wait until no other process is in here with the same folder."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _try_lock(descriptor: int) -> bool:

@@ -856,3 +856,17 @@ def test_the_manifest_is_json_that_people_read(place: Path) -> None:
     text = (place / store.MANIFEST).read_text()
     assert text.endswith("}\n")
     assert list(json.loads(text)["files"]) == ["model.onnx", "sub/w.bin"]
+
+
+def test_scratch_folders_of_many_at_once_do_not_remove_each_other(tmp_path: Path) -> None:
+    """A folder is made and marked in one step, as far as others can see."""
+    code = (
+        "import sys; from lrcompile.store import Cache\n"
+        "for _ in range(60):\n"
+        "    with Cache(sys.argv[1]).scratch() as folder:\n"
+        "        (folder / 'x').write_text('x')\n"
+        "        assert (folder / 'x').exists()\n"
+    )
+    runs = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(4)]
+    assert [run.wait(timeout=60) for run in runs] == [0, 0, 0, 0]
+    assert not list((tmp_path / "scratch").iterdir())
