@@ -77,12 +77,17 @@ def _reconstruction(factors: FactorSet, site: Site) -> Callable[[], Array]:
 def _jitter(
     read: Callable[[Site], Array], site: Site, storage: ir.DataType, seed: int
 ) -> Callable[[], Array]:
+    """W moved by half a unit in the last place of each entry, or of a typical one where the entry is smaller.
+
+    Factors are as exact as the whole matrix allows, not each entry: beside an outlier a small entry has no digits of its own.
+    """
+
     def weight() -> Array:
         W = read(site)
-        ulp = np.abs(np.spacing(np.abs(W).astype(storage.numpy()))).astype(np.float64)
-        half = (
-            1.0 if storage == ir.DataType.DOUBLE else 0.5
-        )  # there half a unit is nothing: float64 is what we compute in
+        size = np.maximum(np.abs(W), np.sqrt(np.mean(np.square(W))))
+        ulp = np.spacing(size.astype(storage.numpy())).astype(np.float64)
+        # half a unit of float64 is nothing, because it is what we compute in
+        half = 1.0 if storage == ir.DataType.DOUBLE else 0.5
         sign = half * np.random.default_rng((seed, site.elements)).choice((-1.0, 1.0), W.shape)
         moved: Array = W + sign * ulp
         return moved

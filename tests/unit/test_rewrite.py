@@ -270,9 +270,9 @@ def test_the_jitter_is_half_a_unit_in_the_last_place(dtype: Any, tmp_path: Path)
         return np.asarray(shaken.graph.initializers["layer/weight"].const_value.numpy())  # type: ignore[union-attr]
 
     # half a unit rounds to the number itself or to its neighbour, never further; and some do move
-    steps = np.abs(moved(0).astype(np.float64) - W.astype(np.float64)) / np.abs(np.spacing(np.abs(W))).astype(
-        np.float64
-    )
+    # (of an entry as large as the root mean square, where the entry is smaller)
+    size = np.maximum(np.abs(W), np.sqrt(np.mean(np.square(W.astype(np.float64)))).astype(W.dtype))
+    steps = np.abs(moved(0).astype(np.float64) - W.astype(np.float64)) / np.spacing(size).astype(np.float64)
     assert steps.max() <= 1.0 and (steps > 0).any()
     assert dtype == np.float64 or (steps == 0).any()  # float64 holds no half units: there it is a whole one
     np.testing.assert_array_equal(moved(0), moved(0))
