@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import onnx_ir as ir
@@ -15,6 +15,7 @@ from lrcompile.cost import bytes_of, is_large
 from lrcompile.errors import BuildError
 from lrcompile.feeds import STYLES, Feed, Feeds, draw
 from lrcompile.interfaces import BuildOptions
+from lrcompile.options import Options
 from lrcompile.records import Source
 from lrcompile.store import new_folder, save_model
 
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 # Small models get this long in all; big ones and many feeds get more.
 _SECONDS, _SMALL_BYTES = 20.0, 10_000_000
+_MEMORY = 4_000_000_000  # what a runtime may hold beside weights: activations above all
 _DRAWN = 3  # feeds that the first question is asked on and that are published
 
 
@@ -30,20 +32,30 @@ def build(child: Child, target: str, path: Path, threads: int = 1) -> RemoteEngi
     return child.build(target, path, BuildOptions(target, threads=threads))
 
 
-def start(child: Child | None, memory: int | None, stack: contextlib.ExitStack) -> Child:
-    """The given child, or one of our own that ends with the stack."""
-    return child if child is not None else stack.enter_context(Child(memory=memory))
+@contextlib.contextmanager
+def started(child: Child | None) -> Iterator[Child]:
+    """The given child, its limits put back afterwards, or one of our own."""
+    if child is None:
+        with Child() as own:
+            yield own
+        return
+    deadline, memory = child.deadline, child.memory
+    try:
+        yield child
+    finally:
+        child.deadline, child.memory = deadline, memory
 
 
-def time_limit(timeout: float | None, source: Source, feeds: int) -> float:
-    """When all that is built and run from now on must be done, on the monotonic clock.
+def set_limits(child: Child, options: Options, source: Source, feeds: int) -> None:
+    """How long all that is built and run from now on may take together, and how much memory it may hold.
 
-    Without a limit of the user's: 20 seconds in all for a model below 10 MB, growing with weights and feeds.
+    Without limits of the user's: 20 seconds for a model below 10 MB, growing with weights and feeds; 4 GB and eight times the weights.
     """
-    over = max(0, bytes_of(source.model) - _SMALL_BYTES) / 1e6
-    return time.monotonic() + (
-        timeout if timeout is not None else _SECONDS + 3.0 * over + feeds * (0.5 + 0.1 * over)
-    )
+    size = bytes_of(source.model)
+    over = max(0, size - _SMALL_BYTES) / 1e6
+    seconds = _SECONDS + 3.0 * over + feeds * (0.5 + 0.1 * over)
+    child.deadline = time.monotonic() + (options.timeout if options.timeout is not None else seconds)
+    child.memory = options.memory if options.memory is not None else _MEMORY + 8 * size
 
 
 def original_of(source: Source, target: str, child: Child, scratch: Path) -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 import onnx_ir as ir
 
 from lrcompile.bench import Race, dims_of, race
-from lrcompile.build import build, feeds_for, original_of, time_limit
+from lrcompile.build import build, feeds_for, original_of, set_limits
 from lrcompile.child import Child
 from lrcompile.compile import Workshop, first_plan, job_of, load_metric, problem_of, search, study, workshop
 from lrcompile.config import published_options
@@ -122,7 +122,7 @@ def verify(
     options = options or published_options(out, {})
     with workshop(options, child) as shop:
         published = _load_published(out, options)
-        shop.child.deadline = time_limit(options.timeout, published, 8 * len(stored_feeds(out)))
+        set_limits(shop.child, options, published, 8 * len(stored_feeds(out)))
         count = check_stored(out, published.model, document["target"], shop.child)
         checks.append(f"model.onnx computes the outputs of {count} feeds that outputs.json holds")
         if original is None:
@@ -156,7 +156,7 @@ def _with_original(
         data if data is not None else options.verify_data if options.verify_data is not None else options.data
     )
     feeds = open_feeds(given, inputs_of(source.model), options.batch) if given is not None else None
-    child.deadline = time_limit(options.timeout, source, 16 + len(feeds or ()))
+    set_limits(child, options, source, 16 + len(feeds or ()))
     path = original_of(source, target, child, shop.scratch)
     first = next(iter(feeds or ()), None)
     drawn = feeds_for(source.model, path, child, target, seed=options.seed, dims=options.dims, like=first)
@@ -240,7 +240,7 @@ def bench(
     with workshop(options, child) as shop:
         source = scripted(load(original, allow_hardlinks=options.allow_hardlinks), options.gs_script)
         check_source(source, original, document, out)
-        shop.child.deadline = time_limit(options.timeout, source, 0)
+        set_limits(shop.child, options, source, 0)
         path = original_of(source, target, shop.child, shop.scratch)
         inputs = inputs_of(source.model)
         if shapes:

@@ -18,7 +18,7 @@ from pathlib import Path
 import onnx_ir as ir
 from threadpoolctl import threadpool_limits
 
-from lrcompile.build import build, feeds_for, original_of, start, time_limit
+from lrcompile.build import build, feeds_for, original_of, set_limits, started
 from lrcompile.calibrate import StoredStatistics, calibrate
 from lrcompile.child import Child
 from lrcompile.cost import is_large
@@ -134,7 +134,7 @@ def workshop(options: Options, child: Child | None = None) -> Iterator[Workshop]
         cache = Cache(options.cache or default_cache())
         scratch = stack.enter_context(cache.scratch())
         stack.enter_context(threadpool_limits(options.threads))
-        yield Workshop(start(child, options.memory, stack), cache, scratch)
+        yield Workshop(stack.enter_context(started(child)), cache, scratch)
 
 
 def study(model: str | Path | ir.Model, options: Options, shop: Workshop, progress: Progress) -> Study:
@@ -148,7 +148,7 @@ def study(model: str | Path | ir.Model, options: Options, shop: Workshop, progre
     progress("load", 1, 1)
     inputs = inputs_of(source.model)
     calibration, held_out = calibration_and_held_out(options.data, options.verify_data, inputs, options.batch)
-    shop.child.deadline = time_limit(options.timeout, source, len(calibration or ()) + len(held_out or ()))
+    set_limits(shop.child, options, source, len(calibration or ()) + len(held_out or ()))
     weights = ModelWeights(shop.cache, source.opset)
     statistics = None
     if calibration is not None and options.budget.rank != "full":
@@ -221,7 +221,7 @@ def problem_of(known: Study) -> Problem:
 
 def _attempt(chosen: Plan, job: Job, number: int) -> Attempt:
     """factorize, rewrite, lower, build, verify: one plan, carried out and measured on held-out data."""
-    job.child.deadline = time_limit(job.options.timeout, job.source, len(job.judged_on))
+    set_limits(job.child, job.options, job.source, len(job.judged_on))
     sets = factorize(
         chosen,
         group_by_name(job.finding),
@@ -263,7 +263,7 @@ def _give_up(best: Attempt, problem: Problem, job: Job, number: int) -> Attempt:
 def _prove(best: Attempt, job: Job) -> Evidence:
     """Verification's first question, asked of the plan that will be published. A failure is our bug."""
     target, child, drawn = job.options.target, job.child, job.drawn
-    child.deadline = time_limit(job.options.timeout, job.source, 8 * len(drawn))
+    set_limits(child, job.options, job.source, 8 * len(drawn))
     if best.model is None:
         return best.evidence.with_noise(noise_of(child, target, job.original, None, drawn).relative)
     job.progress("prove", 0, 2)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
 
-from lrcompile.build import time_limit
+from lrcompile.build import set_limits
 from lrcompile.child import Child
 from lrcompile.compile import Study, first_plan, job_of, problem_of, study, workshop
 from lrcompile.errors import ModelError, UsageError, VerificationError
@@ -120,7 +120,7 @@ def _check(made: ir.Model, sets: tuple[FactorSet, ...], known: Study) -> None:
     """Verification's first question. Raises VerificationError, and BuildError where the target cannot run the model."""
     job = job_of(known)
     target, child, drawn = known.options.target, known.child, job.drawn
-    child.deadline = time_limit(known.options.timeout, known.source, 8 * len(drawn))
+    set_limits(child, known.options, known.source, 8 * len(drawn))
     shaken = jittered(known.source.model, sets, known.weights.matrix, known.options.seed)
     oracle = reconstructed(known.source.model, sets)
     files = {"shaken": shaken, "oracle": oracle, "made": made}
