@@ -101,6 +101,8 @@ def publish(
         write_text(folder / "inputs.json", to_json([dict(f) for f in feeds]))
         write_text(folder / "outputs.json", results.to_json())
     if package.neutral is not None:
+        # functions came with IR 8; model.onnx, which has none, keeps the original's version
+        package.neutral.ir_version = max(package.neutral.ir_version or 0, 8)
         save_model(package.neutral, folder, name="neutral.onnx", external=package.options.external_data)
     write_text(
         folder / "config.yaml",

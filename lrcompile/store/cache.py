@@ -92,15 +92,23 @@ def owned_folder(parent: Path, name: str) -> Iterator[Path]:
     The kernel drops the lock when its owner dies, however it dies: what is not locked has no owner.
     """
     folder = parent / name
-    with io_errors(folder, "create"):
-        folder.mkdir(mode=0o755)
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(_remove, folder)
+        with io_errors(folder, "create"):
+            folder.mkdir(mode=0o755)
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            stack.callback(os.close, descriptor)
         _try_lock(descriptor)
         yield folder
-    finally:
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder of ours to the end: also when the user interrupts just then."""
+    try:
         shutil.rmtree(folder, ignore_errors=True)
-        os.close(descriptor)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def remove_orphans(parent: Path, prefix: str) -> None:

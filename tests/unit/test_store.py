@@ -870,3 +870,20 @@ def test_scratch_folders_of_many_at_once_do_not_remove_each_other(tmp_path: Path
     runs = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(4)]
     assert [run.wait(timeout=60) for run in runs] == [0, 0, 0, 0]
     assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_an_interrupt_while_a_folder_is_removed_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove, calls = shutil.rmtree, []
+
+    def interrupted(path: Path, **options: object) -> None:
+        calls.append(path)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        remove(path, ignore_errors=True)
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt), Cache(tmp_path).scratch() as folder:
+        (folder / "x").write_text("x")
+    assert not list((tmp_path / "scratch").iterdir())
