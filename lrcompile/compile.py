@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -48,7 +48,7 @@ from lrcompile.store import (
     staging,
 )
 from lrcompile.surgeon import scripted
-from lrcompile.verify import Metric, check_rewrite, judge, measure, noise_of, score
+from lrcompile.verify import Metric, Noise, check_rewrite, judge, measure, noise_of, score
 from lrcompile.weights import ModelWeights
 
 logger = logging.getLogger(__name__)
@@ -261,29 +261,31 @@ def _give_up(best: Attempt, problem: Problem, job: Job, number: int) -> Attempt:
 
 
 def _prove(best: Attempt, job: Job) -> Evidence:
-    """Verification's first question, asked of the plan that will be published. A failure is our bug."""
-    target, child, drawn = job.options.target, job.child, job.drawn
-    set_limits(child, job.options, job.source, 8 * len(drawn))
-    if best.model is None:
-        return best.evidence.with_noise(noise_of(child, target, job.original, None, drawn).relative)
+    """The evidence with every output's noise floor, once verification's first question is answered with yes."""
+    if best.model is None:  # the original itself: there is nothing to prove
+        set_limits(job.child, job.options, job.source, 8 * len(job.drawn))
+        noise = noise_of(job.child, job.options.target, job.original, None, job.drawn)
+    else:
+        noise = prove(best.path, best.sets, job)
+    return best.evidence.with_noise(noise.relative)
+
+
+def prove(path: Path, sets: Sequence[FactorSet], job: Job) -> Noise:
+    """Verification's first question, asked of a rewritten model's file. Raises VerificationError: a failure is our bug."""
+    target, child, source = job.options.target, job.child, job.source
+    set_limits(child, job.options, source, 8 * len(job.drawn))
+    mapped = is_large(source.model) or None
     job.progress("prove", 0, 2)
-    mapped = is_large(job.source.model) or None
-    shaken = save_lowered(
-        jittered(job.source.model, best.sets, job.weights.matrix, job.options.seed),
-        job.source,
-        job.scratch / "jittered",
-        mapped,
-    )
-    noise = noise_of(child, target, job.original, shaken, drawn)
+    shaken = jittered(source.model, sets, job.weights.matrix, job.options.seed)
+    moved = save_lowered(shaken, source, job.scratch / "jittered", mapped)
+    noise = noise_of(child, target, job.original, moved, job.drawn)
     job.progress("prove", 1, 2)
-    oracle = save_lowered(
-        reconstructed(job.source.model, best.sets), job.source, job.scratch / "oracle", mapped
-    )
-    if wrong := check_rewrite(child, target, oracle, best.path, noise, drawn):
+    oracle = save_lowered(reconstructed(source.model, sets), source, job.scratch / "oracle", mapped)
+    if wrong := check_rewrite(child, target, oracle, path, noise, job.drawn):
         raise VerificationError(
             f"the rewritten graph does not compute what its factors say: {'; '.join(wrong)}"
         )
-    return best.evidence.with_noise(noise.relative)
+    return noise
 
 
 def _publish(best: Attempt, evidence: Evidence, job: Job, folder: Path, out: Path) -> Result:

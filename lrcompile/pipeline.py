@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
 
-from lrcompile.build import set_limits
 from lrcompile.child import Child
-from lrcompile.compile import Study, first_plan, job_of, problem_of, study, workshop
-from lrcompile.errors import ModelError, UsageError, VerificationError
+from lrcompile.compile import Study, first_plan, job_of, problem_of, prove, study, workshop
+from lrcompile.cost import is_large
+from lrcompile.errors import ModelError, UsageError
 from lrcompile.factorize import annotate, factorize
 from lrcompile.factors import FactorSet
 from lrcompile.load import load
@@ -25,8 +25,7 @@ from lrcompile.plan import group_by_name
 from lrcompile.progress import Progress, silent
 from lrcompile.publish import save_lowered
 from lrcompile.records import Finding, Plan
-from lrcompile.rewrite import jittered, reconstructed, rewrite
-from lrcompile.verify import check_rewrite, noise_of
+from lrcompile.rewrite import rewrite
 
 # Where the plan lies on the model that a pass gives: `Sequential` and `PassManager` hand on models, not results.
 PLAN = "lrcompile.plan"
@@ -118,15 +117,5 @@ def _untouched(finding: Finding) -> Finding:
 
 def _check(made: ir.Model, sets: tuple[FactorSet, ...], known: Study) -> None:
     """Verification's first question. Raises VerificationError, and BuildError where the target cannot run the model."""
-    job = job_of(known)
-    target, child, drawn = known.options.target, known.child, job.drawn
-    set_limits(child, known.options, known.source, 8 * len(drawn))
-    shaken = jittered(known.source.model, sets, known.weights.matrix, known.options.seed)
-    oracle = reconstructed(known.source.model, sets)
-    files = {"shaken": shaken, "oracle": oracle, "made": made}
-    paths = {name: save_lowered(model, known.source, known.scratch / name) for name, model in files.items()}
-    noise = noise_of(child, target, job.original, paths["shaken"], drawn)
-    if wrong := check_rewrite(child, target, paths["oracle"], paths["made"], noise, drawn):
-        raise VerificationError(
-            f"the rewritten graph does not compute what its factors say: {'; '.join(wrong)}"
-        )
+    large = is_large(known.source.model) or None
+    prove(save_lowered(made, known.source, known.scratch / "made", large), sets, job_of(known))
