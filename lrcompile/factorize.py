@@ -16,9 +16,10 @@ import onnx_ir as ir
 
 from lrcompile.errors import PluginError
 from lrcompile.factors import FactorSet
-from lrcompile.interfaces import Array, Constant, Factorization, Factors, StatisticsSource, Weights
+from lrcompile.interfaces import Array, Factorization, Factors, StatisticsSource, Weights
+from lrcompile.loss import group_loss
 from lrcompile.progress import Progress, silent
-from lrcompile.records import Candidate, Cost, Decision, Group, InputStatistics, Plan
+from lrcompile.records import Candidate, Cost, Decision, Group, Plan
 from lrcompile.weights import side_by_side, storage_of
 
 logger = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ def _one(
         error=decision.claimed_error or 0.0, bound=decision.bound, structure=decision.structure, storage=decision.storage,
     )  # fmt: skip
     key = (
-        "factors-1", decision.method, str(decision.rank), repr(decision.structure), storage.name, str(seed),
+        "factors-2", decision.method, str(decision.rank), repr(decision.structure), storage.name, str(seed),
         *(weights.key(s) for s in group.sites), *(statistics.key(s) if statistics else "" for s in group.sites),
         *(repr(b.tolist()) if (b := weights.bias(s)) is not None else "" for s in group.sites),
     )  # fmt: skip
@@ -80,11 +81,13 @@ def _one(
         stored = {n: a if n.startswith("bias") else _stored(a, storage) for n, a in factors.items()}
         if broken := [n for n, a in stored.items() if not np.isfinite(a.astype(np.float64)).all()]:
             raise PluginError(f"{method.name} gave NaN or Inf in factor {broken[0]!r} of {group.name}")
-        error = group_error(group, weights, statistics, method.reconstruct(group, stored))
+        error = group_loss(group, weights, statistics, method.reconstruct(group, stored))
         return {**{_tag(n, a): _raw(a) for n, a in stored.items()}, "measured": np.array([error])}
 
     kept = weights.remember(key, compute)
-    shapes = {n: shape for n, _, shape in map(_untag, (t for t in kept if t != "measured"))}
+    arrays = [_untag(t) for t in kept if t != "measured"]
+    shapes = {n: shape for n, _, shape in arrays}
+    indices = frozenset(n for n, dtype, _ in arrays if dtype.kind == "i")
     measured = float(kept["measured"][0])
     if (
         decision.bound
@@ -95,39 +98,15 @@ def _one(
             f"{method.name} claimed at most {decision.claimed_error:.3e} for {group.name} and its factors have {measured:.3e}"
         )
     return FactorSet(
-        decision, group, method, storage, shapes, measured, lambda: _unpack(weights.remember(key, compute))
+        decision,
+        group,
+        method,
+        storage,
+        shapes,
+        measured,
+        lambda: _unpack(weights.remember(key, compute)),
+        indices,
     )
-
-
-def group_error(
-    group: Group, weights: Weights, statistics: StatisticsSource | None, changed: Mapping[Constant, Array]
-) -> float:
-    """||S (W - What)|| / ||S W|| with S S^T the second moment of the input (identity without data).
-
-    Where the bias was corrected the mean's share is gone, so the covariance stands above. Several readers of one weight:
-    the root mean square of theirs.
-    """
-    errors = []
-    for site in group.sites:
-        W = weights.matrix(site)
-        D = W - changed[site.name, "weight"]
-        known = statistics.of(site) if statistics is not None else None
-        corrected = (site.name, "bias") in changed
-        errors.append(_relative(D, W, known, corrected))
-    return float(np.sqrt(np.mean(np.square(errors))))
-
-
-def _relative(D: Array, W: Array, known: InputStatistics | None, corrected: bool) -> float:
-    if known is None:
-        lost, all_ = float(np.vdot(D, D)), float(np.vdot(W, W))
-    elif known.frequencies is not None:
-        lost = float(known.frequencies @ np.einsum("ij,ij->i", D, D))
-        all_ = float(known.frequencies @ np.einsum("ij,ij->i", W, W))
-    else:
-        assert known.second is not None
-        lost = float(np.vdot(D, (known.centred if corrected else known.second) @ D))
-        all_ = float(np.vdot(W, known.second @ W))
-    return float(np.sqrt(max(lost, 0.0) / all_)) if all_ > 0 else 0.0
 
 
 def annotate(plan: Plan, sets: Sequence[FactorSet]) -> Plan:
@@ -146,6 +125,8 @@ def annotate(plan: Plan, sets: Sequence[FactorSet]) -> Plan:
 
 
 def _stored(array: Array, storage: ir.DataType) -> Array:
+    if array.dtype.kind == "i":
+        return np.ascontiguousarray(array, np.int32)
     with np.errstate(over="ignore"):  # what is too large for the type becomes Inf, which is looked for
         return np.ascontiguousarray(array.astype(storage.numpy()))
 

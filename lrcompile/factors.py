@@ -13,9 +13,9 @@ from lrcompile.records import Decision, Group, Site
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FactorSet:
-    """The factors of one decision. load: reads them, as stored. storage: their type. shapes: of each array.
+    """The factors of one decision. load: reads them, as stored. storage: their type, but for `indices`. shapes: of each array.
 
-    measured: the group's relative error with these very arrays, by the calibration's statistics.
+    indices: names of those that hold integers (int32). measured: the group's relative error with these very arrays, by the calibration's statistics.
     """
 
     decision: Decision
@@ -25,9 +25,13 @@ class FactorSet:
     shapes: Mapping[str, tuple[int, ...]]
     measured: float
     load: Callable[[], Factors] = field(repr=False)
+    indices: frozenset[str] = frozenset()
+
+    def type_of(self, name: str) -> ir.DataType:
+        return ir.DataType.INT32 if name in self.indices else self.storage
 
 
 def bias_in_place(site: Site, corrected: Array) -> Array:
     """A corrected b of y = scale (x W + b), back in the constant that the graph adds."""
     assert site.bias is not None and site.wiring is not None
-    return (corrected * (site.wiring.scale / site.bias.scale)).reshape(site.bias.shape)
+    return (corrected * (site.wiring.scale / site.bias.scale)).reshape((*site.bias.shape[:-1], -1))

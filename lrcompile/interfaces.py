@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # half a second, which every child process would pay
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Factors = Mapping[str, Array]
-# A constant that a decision changes: the site's name and "weight" or "bias".
+# A constant that a decision changes: the site's name and "weight" or "bias"; the group's name and "kept" (see `edits`).
 Constant = tuple[str, str]
 
 
@@ -51,6 +51,20 @@ class Weights(Protocol):
         """Arrays that are costly to compute, kept on disk under a key that names all they depend on."""
         ...
 
+    def low_rank_errors(self, group: Group, statistics: StatisticsSource | None) -> Array:
+        """(n + 1,): the least relative error of the group at rank 0, 1, .., n = min(K, N).
+
+        Of sites that read one value (qkv, gate_up) N is the sum, their weights standing side by side.
+        """
+        ...
+
+    def low_rank(self, group: Group, statistics: StatisticsSource | None, rank: int) -> Factors:
+        """The best approximation of that rank: a (K, r), b (r, N), b with orthonormal rows unless a tied head reads W^T.
+
+        And ``bias.i`` (N_i,) of each site i whose bias absorbs the mean of what is left out.
+        """
+        ...
+
     def key(self, site: Site) -> str:
         """A hash of the site's weight and of how it is read."""
         ...
@@ -75,8 +89,9 @@ class Call:
 
     kind "linear": x is (.., K), wanted is x W (.., N). kind "lookup": x holds ids (any shape, int32 or int64, negative
     ones count from the end), wanted are rows W[ids] (.., D). transposed: W is the transpose of what was factorized.
-    factors: values that hold the arrays of `Factors`, of the type that the node computes in.
-    shapes: their shapes. opset: version of the default domain.
+    factors: values that hold the arrays of `Factors`, of the type that the node computes in (integers as they are); those that
+    are not asked for do not enter the function. shapes: their shapes. opset: version of the default domain. index: which site
+    of the group this is; equal nodes on equal inputs of several sites become one.
     """
 
     kind: Kind
@@ -85,6 +100,7 @@ class Call:
     factors: Mapping[str, ir.Value]
     shapes: Mapping[str, tuple[int, ...]]
     opset: int
+    index: int = 0
 
 
 class Op(Protocol):
@@ -140,11 +156,14 @@ class Factorization(Protocol):
         candidate: Candidate,
         seed: int,
     ) -> Factors:
-        """The arrays of a candidate, float64. ``bias`` among them is the corrected bias, (N,)."""
+        """The arrays of a candidate: float64, or int32 for indices. ``bias.i`` among them is site i's corrected bias, (N,)."""
         ...
 
     def reconstruct(self, group: Group, factors: Factors) -> Mapping[Constant, Array]:
-        """Every constant that the decision changes, float64, as the matrix (K, N) or bias (N,) of its site: the oracle."""
+        """Every constant that the decision changes, float64, as the matrix (K, N) or bias (N,) of its site: the oracle.
+
+        Always of the original's shape: where something is cut stand zeros.
+        """
         ...
 
     def emit(self, op: Op, call: Call) -> ir.Value:
@@ -152,7 +171,11 @@ class Factorization(Protocol):
         ...
 
     def edits(self, group: Group, factors: Factors) -> Mapping[Constant, Array]:
-        """New values for constants that stay constants (biases, sliced weights)."""
+        """New values for constants that stay constants: biases, and weights that are cut.
+
+        With (site, "weight") among them, of any size, the site stays the node that it is; (group, "kept") are then the channels that
+        are left, by which the group's followers are cut.
+        """
         ...
 
 

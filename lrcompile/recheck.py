@@ -120,17 +120,19 @@ def published_factors(
     sets = []
     for decision in decisions:
         group = groups[decision.group]
-        prefix = f"{decision.group}/{decision.method}/"
+        prefix = f"{group.sites[0].name}/{decision.method}/"
         found = {n.removeprefix(prefix): v.const_value for n, v in constants.items() if n.startswith(prefix)}
         factors = {n: t for n, t in found.items() if t is not None and "/" not in n}
         if not factors:
             return None
-        biases = _bias(group.sites[0], constants)
+        biases = {k: a for i, s in enumerate(group.sites) for k, a in _bias(i, s, constants).items()}
         shapes = {n: dims(t) for n, t in factors.items()}
         method = methods[decision.method]
         sets.append(
             FactorSet(
-                decision, group, method, storage_of(group.sites[0]), shapes, 0.0, lambda f=factors, b=biases: _load(f, b)  # type: ignore[misc]
+                decision, group, method, storage_of(group.sites[0]), shapes, 0.0,
+                lambda f=factors, b=biases: _load(f, b),  # type: ignore[misc]
+                frozenset(n for n, t in factors.items() if t.dtype == ir.DataType.INT32),
             )
         )  # fmt: skip
     return tuple(sets)
@@ -140,10 +142,10 @@ def _load(factors: Mapping[str, ir.TensorProtocol], biases: Factors) -> Factors:
     return {**{name: tensor.numpy() for name, tensor in factors.items()}, **biases}
 
 
-def _bias(site: Site, constants: Mapping[str, ir.Value]) -> Factors:
+def _bias(index: int, site: Site, constants: Mapping[str, ir.Value]) -> Factors:
     """The corrected bias b of y = scale (x W + b), when the published graph has one."""
     value = constants.get(f"{site.name}/bias")
     if value is None or value.const_value is None or site.bias is None or site.wiring is None:
         return {}
     stored = value.const_value.numpy().astype("float64").reshape(-1)
-    return {"bias": stored * (site.bias.scale / site.wiring.scale)}
+    return {f"bias.{index}": stored * (site.bias.scale / site.wiring.scale)}

@@ -87,6 +87,23 @@ class Layout:
             return self
         return Layout(self.stored, (*self.steps, (None, shape)))
 
+    def over(self, stored: tuple[int, ...]) -> Layout:
+        """The same reading of a constant of another size. Only permutations can be carried over."""
+        layout = Layout(stored)
+        for perm, _ in self.steps:
+            if perm is None:
+                raise ValueError("a reshaped weight has no other size")
+            layout = layout.transpose(perm)
+        return layout
+
+    def stored_for(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the constant that this reading makes `shape` of; permutations only, as in `over`."""
+        for perm, _ in reversed(self.steps):
+            if perm is None:
+                raise ValueError("a reshaped weight has no other size")
+            shape = tuple(shape[perm.index(axis)] for axis in range(len(perm)))
+        return shape
+
     def apply(self, array: Array) -> Array:
         """The constant as the matrix that a factorization sees."""
         for perm, shape in self.steps:
@@ -193,13 +210,42 @@ class Site:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Follower:
+    """A constant that must follow when the width between the sites of a group is cut.
+
+    node, index: who reads it. axis: of a constant with one entry a channel, the axis that is cut to the kept channels; None for the
+    shape of a Reshape, which becomes `shape`: 0 keeps a dimension, None is the new size of a head.
+    """
+
+    node: ir.Node
+    index: int
+    axis: int | None = None
+    shape: tuple[int | None, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Width:
+    """What lies between the sites of a group that can be cut narrower without another node.
+
+    size: of a head (of the whole hidden layer of an FFN, heads being 1). heads: of the first site (of a key: its own). repeat: how
+    many heads of the last site read one of the first (grouped queries). followers: constants on the way that must follow.
+    """
+
+    size: int
+    heads: int = 1
+    repeat: int = 1
+    followers: tuple[Follower, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Group:
     """Sites that are best taken together, or one site alone.
 
     kind: ``alone``, ``shared`` (one weight, several nodes), ``tied`` (a table and a head), ``qkv``, ``gate_up``,
-    ``up_down``, ``value_output``. transposed: for each site whether its matrix is the first one's transpose
-    (weights that are shared only; False elsewhere). keeper: a node outside the group that reads the weight too, which so
-    stays in the file whatever becomes of the group; empty when there is none (weights that are shared only).
+    ``up_down`` (the last site is down), ``value_output``, ``query_key``. transposed: for each site whether its matrix is the first
+    one's transpose (weights that are shared only; False elsewhere). keeper: a node outside the group that reads the weight too, which
+    so stays in the file whatever becomes of the group; empty when there is none (weights that are shared only).
+    width: what can be cut between the sites of ``up_down``, ``value_output`` and ``query_key``; refusal: why it cannot be.
     """
 
     name: str
@@ -207,6 +253,8 @@ class Group:
     sites: tuple[Site, ...]
     transposed: tuple[bool, ...]
     keeper: str = ""
+    width: Width | None = None
+    refusal: str = ""
 
     @property
     def shares_weight(self) -> bool:

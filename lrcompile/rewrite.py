@@ -2,41 +2,50 @@
 
 A function (domain ``lrcompile``, named after its site) takes the site's data, the factors, and what a Gemm adds; its body is
 what the factorization emits between the site's wiring. Factors are initializers of the main graph, named ``SITE/METHOD/FACTOR``;
-sites of a group share them. Corrected biases are edited in place. The model given is left as it is.
+sites of a group share them. Corrected biases and weights that are cut are edited in place, and what lies between the sites of a
+cut group follows. The model given is left as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
 
 from lrcompile.factors import FactorSet, bias_in_place
-from lrcompile.graph import DOMAIN, Builder, Names, mark_constants, nodes, opset_of
+from lrcompile.graph import DOMAIN, Builder, Names, mark_constants, nodes, opset_of, reached_from, tensor_of
 from lrcompile.interfaces import Array, Call, Constant
-from lrcompile.records import Site, Step
+from lrcompile.records import Group, Site, Step
 
 
 def rewrite(model: ir.Model, sets: Sequence[FactorSet]) -> ir.Model:
     """A copy of the model in neutral form."""
     copy, twins = _copy(model)
     names = Names(copy)
+    cut: list[ir.Node] = []
     for factors in sets:
-        prefixes = [names.node(f"{site.name}/{factors.decision.method}") for site in factors.group.sites]
-        values = {
-            name: _initializer(
-                copy, names.value(f"{prefixes[0]}/{name}"), factors.storage, shape, _loader(factors, name)
-            )
-            for name, shape in factors.shapes.items()
-            if not name.startswith("bias")
-        }
         edits = factors.method.edits(factors.group, factors.load())
-        for site, transposed, prefix in zip(
-            factors.group.sites, factors.group.transposed, prefixes, strict=True
-        ):
+        given = _Initializers(copy, factors, names)
+        for index, site in enumerate(factors.group.sites):
             _edit_bias(copy, site, twins, edits, names)
-            _call(copy, site, twins[site.node], transposed, factors, values, prefix)
+            if (smaller := edits.get((site.name, "weight"))) is not None:
+                _replace_weight(
+                    copy,
+                    site,
+                    twins[site.node],
+                    names,
+                    smaller.shape,
+                    partial(_same, smaller),
+                    factors.storage,
+                )
+                cut.append(twins[site.node])
+            else:
+                _call(copy, index, twins[site.node], factors, given, names)
+        if (kept := edits.get((factors.group.name, "kept"))) is not None:
+            _follow(copy, factors.group, twins, edits, kept, names)
+    _forget_shapes(copy, cut)
     return copy
 
 
@@ -45,10 +54,13 @@ def reconstructed(model: ir.Model, sets: Sequence[FactorSet]) -> ir.Model:
     copy, twins = _copy(model)
     names = Names(copy)
     for factors in sets:
-        edits = factors.method.edits(factors.group, factors.load())
+        changed = factors.method.reconstruct(factors.group, factors.load())
         for site in factors.group.sites:
-            _replace_weight(copy, site, twins[site.node], names, _reconstruction(factors, site))
-            _edit_bias(copy, site, twins, edits, names)
+            if (site.name, "weight") in changed:
+                _replace_weight(
+                    copy, site, twins[site.node], names, site.layout.shape, _reconstruction(factors, site)
+                )
+            _edit_bias(copy, site, twins, changed, names)
     return copy
 
 
@@ -60,13 +72,8 @@ def jittered(
     names = Names(copy)
     for factors in sets:
         for site in factors.group.sites:
-            _replace_weight(
-                copy,
-                site,
-                twins[site.node],
-                names,
-                _jitter(read, site, _coarser(site, factors.storage), seed),
-            )
+            moved = _jitter(read, site, _coarser(site, factors.storage), seed)
+            _replace_weight(copy, site, twins[site.node], names, site.layout.shape, moved)
     return copy
 
 
@@ -108,8 +115,51 @@ def _copy(model: ir.Model) -> tuple[ir.Model, dict[ir.Node, ir.Node]]:
     return copy, {a: b for (_, a), (_, b) in zip(nodes(model), nodes(copy), strict=True)}
 
 
-def _loader(factors: FactorSet, name: str) -> Callable[[], Array]:
-    return lambda: factors.load()[name]
+def _same(array: Array) -> Array:
+    return array
+
+
+class _Initializers:
+    """Factors as constants of the main graph, each made when the first call asks for it."""
+
+    def __init__(self, model: ir.Model, factors: FactorSet, names: Names) -> None:
+        self._model, self._factors, self._names = model, factors, names
+        self._made: dict[str, ir.Value] = {}
+        self._prefix = f"{factors.group.sites[0].name}/{factors.decision.method}"
+
+    def __getitem__(self, name: str) -> ir.Value:
+        if name not in self._made:
+            factors = self._factors
+            self._made[name] = _initializer(
+                self._model, self._names.value(f"{self._prefix}/{name}"), factors.type_of(name), factors.shapes[name],
+                lambda: factors.load()[name],
+            )  # fmt: skip
+        return self._made[name]
+
+
+class _Parameters(Mapping[str, ir.Value]):
+    """The factors as values inside a function, in the type that it computes in. Those never asked for do not become parameters."""
+
+    def __init__(self, op: Builder, factors: FactorSet, compute: ir.DataType, prefix: str) -> None:
+        self.parameters: dict[str, ir.Value] = {}
+        self._typed: dict[str, ir.Value] = {}
+        self._op, self._factors, self._compute, self._prefix = op, factors, compute, prefix
+
+    def __getitem__(self, name: str) -> ir.Value:
+        if name not in self._typed:
+            if name not in self._factors.shapes or name.startswith("bias."):
+                raise KeyError(name)
+            value = self.parameters[name] = ir.Value(name=f"{self._prefix}/{name}_in")
+            if self._factors.type_of(name) not in (self._compute, ir.DataType.INT32):
+                value = self._op("Cast", value, name=f"{name}_cast", to=self._compute)
+            self._typed[name] = value
+        return self._typed[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (n for n in self._factors.shapes if not n.startswith("bias."))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 def _initializer(
@@ -129,32 +179,27 @@ def _initializer(
 
 
 def _call(
-    model: ir.Model,
-    site: Site,
-    node: ir.Node,
-    transposed: bool,
-    factors: FactorSet,
-    values: Mapping[str, ir.Value],
-    prefix: str,
+    model: ir.Model, index: int, node: ir.Node, factors: FactorSet, given: _Initializers, names: Names
 ) -> None:
-    """Put a call of a new function, named prefix, in the place of a site's node."""
+    """Put a call of a new function in the place of the node of the group's site `index`."""
+    group, site = factors.group, factors.group.sites[index]
     assert site.wiring is not None and node.graph is not None
+    prefix = names.node(f"{site.name}/{factors.decision.method}")
     metadata = {
         "lrcompile.method": factors.decision.method,
         "lrcompile.weight": site.weight,
-        "lrcompile.group": factors.group.name,
+        "lrcompile.group": group.name,
     }
     op = Builder(prefix, metadata)
     data = ir.Value(name=f"{prefix}/x")
-    parameters = {name: ir.Value(name=f"{prefix}/{name}_in") for name in values}
     addend = ir.Value(name=f"{prefix}/c") if site.wiring.addend is not None else None
     compute = ir.DataType[site.dtype.upper()]
-    typed = parameters
-    if factors.storage != compute:
-        typed = {n: op("Cast", v, name=f"{n}_cast", to=compute) for n, v in parameters.items()}
-    shapes = {n: factors.shapes[n] for n in values}
+    inside = _Parameters(op, factors, compute, prefix)
+    shapes = {n: factors.shapes[n] for n in inside}
     x = _steps(op, data, site.wiring.before)
-    y = factors.method.emit(op, Call(site.kind, transposed, x, typed, shapes, opset_of(model)))
+    y = factors.method.emit(
+        op, Call(site.kind, group.transposed[index], x, inside, shapes, opset_of(model), index)
+    )
     if site.wiring.scale != 1.0:
         y = op("Mul", y, op.constant(np.asarray(site.wiring.scale, compute.numpy()), "scale"), name="scaled")
     y = _steps(op, y, site.wiring.after)
@@ -168,13 +213,16 @@ def _call(
                 name="scaled_c",
             )
         y = op("Add", y, term, name="sum")
-    inputs = [data, *parameters.values(), *([addend] if addend is not None else [])]
+    inputs = [data, *inside.parameters.values(), *([addend] if addend is not None else [])]
     body = ir.Graph(inputs, [y], nodes=op.nodes, opset_imports={"": opset_of(model)}, name=prefix)
     function = ir.Function(DOMAIN, prefix, graph=body, attributes=())
     model.functions[function.identifier()] = function
     model.graph.opset_imports.setdefault(DOMAIN, 1)
 
-    arguments: list[ir.Value | None] = [node.inputs[site.wiring.data], *values.values()]
+    arguments: list[ir.Value | None] = [
+        node.inputs[site.wiring.data],
+        *(given[name] for name in inside.parameters),
+    ]
     if site.wiring.addend is not None:
         arguments.append(node.inputs[site.wiring.addend])
     old = node.outputs[0]
@@ -238,18 +286,79 @@ def _edit_bias(
     _drop(model, old)
 
 
-def _replace_weight(
-    model: ir.Model, site: Site, node: ir.Node, names: Names, matrix: Callable[[], Array]
+def _follow(
+    model: ir.Model,
+    group: Group,
+    twins: Mapping[ir.Node, ir.Node],
+    edits: Mapping[Constant, Array],
+    kept: Array,
+    names: Names,
 ) -> None:
-    """Let a node read another matrix (K, N): a constant in the shape in which the node reads its operand."""
+    """Cut the constants between the sites of a group to the channels that are left, and give Reshapes the new size of a head."""
+    width = group.width
+    assert width is not None
+    size = edits[group.sites[0].name, "weight"].shape[1] // (
+        width.heads * (width.repeat if group.kind == "query_key" else 1)
+    )
+    for follower in width.followers:
+        node = twins[follower.node]
+        old = node.inputs[follower.index]
+        assert old is not None
+        if follower.axis is None:
+            array = np.array([size if n is None else n for n in follower.shape], np.int64)
+            node.attributes.pop("allowzero", None)
+            dtype = ir.DataType.INT64
+        else:
+            tensor = tensor_of(old)
+            assert tensor is not None
+            array, dtype = np.take(tensor.numpy(), kept, axis=follower.axis), tensor.dtype
+        value = _initializer(
+            model, names.value(f"{group.name}/follower"), dtype, array.shape, partial(_same, array)
+        )
+        node.replace_input_with(follower.index, value)
+        _drop(model, old)
+
+
+def _forget_shapes(model: ir.Model, cut: Sequence[ir.Node]) -> None:
+    """What the file says of shapes behind a cut is no longer true; a runtime finds them anew."""
+    outputs = set(model.graph.outputs)
+    for node in reached_from(model, cut) if cut else ():
+        for value in node.outputs:
+            if value not in outputs:
+                value.shape = None
+
+
+def _replace_weight(
+    model: ir.Model,
+    site: Site,
+    node: ir.Node,
+    names: Names,
+    shape: tuple[int, ...],
+    matrix: Callable[[], Array],
+    storage: ir.DataType | None = None,
+) -> None:
+    """Let a node read another matrix of this shape: a constant in the layout in which the node reads its operand.
+
+    storage: its type in the file; by default the one that the node computes in.
+    """
     old = node.inputs[site.operand]
-    assert old is not None
-    dtype = ir.DataType[site.dtype.upper()]
+    assert old is not None and node.graph is not None
+    compute = ir.DataType[site.dtype.upper()]
+    dtype = storage if storage is not None else compute
+    whole, read = site.layout, site.operand_layout
+    if shape != whole.shape:
+        stored = whole.stored_for(shape)
+        whole, read = whole.over(stored), read.over(stored)
 
     def operand() -> Array:
-        made: Array = site.operand_layout.apply(site.layout.invert(matrix())).astype(dtype.numpy())
+        made: Array = read.apply(whole.invert(matrix())).astype(dtype.numpy())
         return made
 
-    value = _initializer(model, names.value(f"{site.name}/weight"), dtype, site.operand_layout.shape, operand)
+    value = _initializer(model, names.value(f"{site.name}/weight"), dtype, read.shape, operand)
+    if dtype != compute:
+        cast = ir.node("Cast", [value], {"to": compute}, name=names.node(f"{site.name}/weight_cast"))
+        cast.outputs[0].name = names.value(f"{site.name}/weight_cast")
+        node.graph.insert_before(node, cast)
+        value = cast.outputs[0]
     node.replace_input_with(site.operand, value)
     _drop(model, old)

@@ -14,8 +14,9 @@ import numpy as np
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
+from lrcompile import spectra
 from lrcompile.graph import FLOATS, dims, tensor_of
-from lrcompile.interfaces import Array, Factors
+from lrcompile.interfaces import Array, Factors, StatisticsSource
 from lrcompile.records import Group, Site
 
 if TYPE_CHECKING:
@@ -65,6 +66,19 @@ class ModelWeights:
         arrays = compute()
         with self._writing:  # a new scratch folder must not look like an abandoned one to another thread
             return self._cache.remember(key, lambda: arrays)
+
+    def low_rank_errors(self, group: Group, statistics: StatisticsSource | None) -> Array:
+        return spectra.errors(self._spectrum(group, statistics))
+
+    def low_rank(self, group: Group, statistics: StatisticsSource | None, rank: int) -> Factors:
+        return spectra.low_rank(group, self, statistics, self._spectrum(group, statistics), rank)
+
+    def _spectrum(self, group: Group, statistics: StatisticsSource | None) -> Factors:
+        """Kept between ranks, methods and runs."""
+        seen = tuple(statistics.key(s) for s in group.sites) if statistics is not None else ()
+        centred = str(spectra.centres(group, statistics))
+        key = ("spectrum-3", group.kind, *(self.key(s) for s in group.sites), centred, *seen)
+        return self.remember(key, lambda: spectra.spectrum(group, self, statistics))
 
     def key(self, site: Site) -> str:
         digest = hashlib.sha256(repr((self._identity(site.root), site.layout)).encode())

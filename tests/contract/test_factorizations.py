@@ -21,8 +21,9 @@ from onnx.reference import ReferenceEvaluator
 
 from lrcompile import registry
 from lrcompile.errors import PluginError
-from lrcompile.factorize import factorize, group_error
+from lrcompile.factorize import factorize
 from lrcompile.interfaces import Array, CandidateOptions, Factorization
+from lrcompile.loss import group_loss
 from lrcompile.lower import lower
 from lrcompile.records import Candidate, Decision, Group, InputStatistics, Plan, Site
 from lrcompile.rewrite import reconstructed, rewrite
@@ -174,7 +175,7 @@ def test_claims_and_emission(
         assert stored == candidate.cost.parameters
         if candidate.bound:
             assert factors.measured <= candidate.error + 1e-6
-        measured = group_error(group, weights, statistics, method.reconstruct(group, arrays))
+        measured = group_loss(group, weights, statistics, method.reconstruct(group, arrays))
         assert measured == pytest.approx(factors.measured, rel=1e-9, abs=1e-12)
         made = rewrite(model, (factors,))
         assert {f.domain for f in made.functions.values()} == {"lrcompile"}

@@ -15,8 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lrcompile.factorize import factorize, group_error
+from lrcompile import spectra
+from lrcompile.factorize import factorize
 from lrcompile.interfaces import CandidateOptions
+from lrcompile.loss import group_loss
 from lrcompile.plan import _decision
 from lrcompile.records import Candidate, Group, InputStatistics, Plan, Site
 from lrcompile.registry import factorization
@@ -181,11 +183,11 @@ def test_bias_correction_is_never_worse(seed: int, offset: float, rank: int) -> 
     _, made = factors(SVD, linear(W, b)[1], seen(X), rank)
     wanted = X @ W + b
     plain = np.linalg.norm(wanted - (X @ product(without) + b))
-    corrected = np.linalg.norm(wanted - (X @ product(made) + made["bias"]))
+    corrected = np.linalg.norm(wanted - (X @ product(made) + made["bias.0"]))
     assert corrected <= plain + 1e-6 * np.linalg.norm(wanted)
     # the correction makes the mean error zero: that is what b' = b + m (W - A B) means
     np.testing.assert_allclose(
-        (wanted - X @ product(made) - made["bias"]).mean(axis=0), 0, atol=1e-8 * (1 + abs(offset)) * 10
+        (wanted - X @ product(made) - made["bias.0"]).mean(axis=0), 0, atol=1e-8 * (1 + abs(offset)) * 10
     )
 
 
@@ -194,7 +196,7 @@ def test_bias_correction_where_the_mean_is_everything() -> None:
     X = 10.0 + np.outer(np.random.default_rng(0).standard_normal(100), np.ones(6))
     W = normal(6, 5, dtype=np.float64)
     _, made = factors(SVD, linear(W, np.zeros(5))[1], seen(X), 1)
-    error = np.linalg.norm(X @ W - X @ product(made) - made["bias"]) / np.linalg.norm(X @ W)
+    error = np.linalg.norm(X @ W - X @ product(made) - made["bias.0"]) / np.linalg.norm(X @ W)
     assert error < 1e-6
 
 
@@ -290,7 +292,7 @@ def test_storage(dtype: Any, room: float, tmp_path: Path) -> None:
     assert {a.dtype for a in arrays.values()} == {np.dtype(dtype)}
     assert candidate.cost.bytes == sum(a.nbytes for a in arrays.values())
     assert abs(made.measured - candidate.error) <= room + 1e-7  # the claim covers 1e-7 of its own
-    assert made.measured == group_error(group, weights, statistics, SVD.reconstruct(group, arrays))
+    assert made.measured == group_loss(group, weights, statistics, SVD.reconstruct(group, arrays))
 
 
 def test_signs_do_not_depend_on_chance() -> None:
@@ -311,7 +313,7 @@ def test_candidates() -> None:
     class Fixed:
         def __getattr__(self, name: str) -> Any:
             return {"matrix": lambda s: W.astype(np.float64), "bias": lambda s: None, "key": lambda s: "k", "itemsize": lambda s: 4,
-                    "remember": lambda key, compute: compute()}[name]  # fmt: skip
+                    "low_rank_errors": lambda group, seen: spectra.errors(spectra.spectrum(group, self, None))}[name]  # fmt: skip
 
     made = list(PLAIN.candidates(group, Fixed(), None, CandidateOptions()))  # type: ignore[arg-type]
     assert [c.rank for c in made] == [1, 2, 3, 4, 5, 6]
