@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -83,11 +83,11 @@ def calibrate(
     source_key: hash of model and weights. target: the runtime target that runs the original.
     """
     taps = {
-        s.name: _tap(s)
+        s.name: tap_of(s)
         for s in finding.sites
         if s.refusal is None and s.path == "" and s.kind in ("linear", "lookup")
     }
-    prefix = hashlib.sha256(repr((source_key, feeds.key, target, "moments-1")).encode()).hexdigest()
+    prefix = hashlib.sha256(repr((source_key, feeds.key, target, "moments-2")).encode()).hexdigest()
     distinct = sorted(set(taps.values()), key=lambda t: (t.value, t.size, t.before))
     keys = {tap: hashlib.sha256(repr((prefix, tap)).encode()).hexdigest() for tap in distinct}
     missing = [t for t in distinct if not cache.has(("moments", keys[t]))]
@@ -117,36 +117,62 @@ def accumulate(engine: Engine | None, feed: Mapping[str, Array], taps: Sequence[
     """Runs in the child, beside the engine: one feed's share of every moment."""
     seen = dict(engine.run(feed)) if engine is not None else {}
     seen.update(feed)
-    masks = [a for n, a in feed.items() if "mask" in n.lower() and a.ndim == 2]
+    masks = masks_of(feed)
     for index, tap in enumerate(taps):
-        array = seen[tap.value]
-        by_row = tap.lookup or (
-            array.ndim > 2 and not tap.before
-        )  # (batch, K) may look like a mask's shape by chance
-        keep = next((m.astype(bool) for m in masks if by_row and m.shape == array.shape[:2]), None)
         arrays = _arrays(Path(folder), index, tap)
+        rows = rows_of(seen[tap.value], tap, masks)
         if tap.lookup:
-            ids = (array[keep] if keep is not None else array).reshape(-1).astype(np.int64)
+            ids = rows.astype(np.int64)
             ids = ids[(ids >= -tap.size) & (ids < tap.size)] % tap.size
             arrays["frequencies"] += np.bincount(ids, minlength=tap.size)
             arrays["count"] += len(ids)
             continue
-        for kind, argument in tap.before:
-            array = array.transpose(argument) if kind == "transpose" else _reshape(array, argument)
-        rows = (array[keep] if keep is not None else array).reshape(-1, tap.size)
-        for start in range(0, len(rows), _BLOCK):
-            block = rows[start : start + _BLOCK].astype(np.float64)
+        for block in blocks_of(rows):
             block = block[np.isfinite(block).all(axis=1)]
             arrays["second"] += block.T @ block
             arrays["mean"] += block.sum(axis=0)
             arrays["count"] += len(block)
 
 
+def masks_of(feed: Mapping[str, Array]) -> list[Array]:
+    """What says which rows are padding, (batch, sequence): inputs of two axes that are named so.
+
+    A decoder's mask covers its past as well, (batch, past + sequence): there the last part is meant.
+    """
+    masks = [a for n, a in feed.items() if "mask" in n.lower() and a.ndim == 2]
+    past = next((a.shape[-2] for n, a in feed.items() if "past" in n.lower() and a.ndim == 4), 0)
+    return [m[:, past:] for m in masks]
+
+
+def rows_of(array: Array, tap: Tap, masks: Sequence[Array]) -> Array:
+    """A tapped value as rows of what is contracted, (rows, K), or as ids (rows,); without those that a mask covers."""
+    # (batch, K) may look like a mask's shape by chance
+    by_row = tap.lookup or (array.ndim > 2 and not tap.before)
+    keep = mask_over(array, masks) if by_row else None
+    if tap.lookup:
+        return (array[keep] if keep is not None else array).reshape(-1)
+    for kind, argument in tap.before:
+        array = array.transpose(argument) if kind == "transpose" else _reshape(array, argument)
+    return (array[keep] if keep is not None else array).reshape(-1, tap.size)
+
+
+def mask_over(array: Array, masks: Sequence[Array]) -> Array | None:
+    """The mask whose shape the array's first two axes have."""
+    return next((m.astype(bool) for m in masks if m.shape == array.shape[:2]), None)
+
+
+def blocks_of(rows: Array) -> Iterator[Array]:
+    """The rows in float64, some thousand at a time."""
+    for start in range(0, len(rows), _BLOCK):
+        yield rows[start : start + _BLOCK].astype(np.float64)
+
+
 def _reshape(array: Array, shape: tuple[int, ...]) -> Array:
     return array.reshape(tuple(array.shape[i] if n == 0 else n for i, n in enumerate(shape)))
 
 
-def _tap(site: Site) -> Tap:
+def tap_of(site: Site) -> Tap:
+    """What is watched for a site."""
     assert site.wiring is not None
     return Tap(site.data.name or "", site.kind == "lookup", site.K, site.wiring.before)
 
@@ -171,19 +197,35 @@ def _arrays(folder: Path, index: int, tap: Tap) -> dict[str, Array]:
 
 
 def _statistics(sums: Mapping[str, Array], tap: Tap) -> InputStatistics:
-    """Means from sums, shrunk by K / (K + 100 n): 1e-4 at a hundred rows a dimension, a half at a hundredth of a row."""
     count = int(sums["count"][0])
-    shrinkage = tap.size / (tap.size + 100.0 * count)
     if tap.lookup:
+        shrinkage = shrinkage_of(count, tap.size)
         share = sums["frequencies"] / max(count, 1)
         return InputStatistics(
             count, frequencies=(1 - shrinkage) * share + shrinkage / tap.size, shrinkage=shrinkage
         )
-    second = sums["second"] / max(count, 1)
-    spread = float(np.trace(second)) / tap.size or 1.0
-    second = (1 - shrinkage) * second
-    second[np.diag_indices(tap.size)] += shrinkage * spread
-    return InputStatistics(count, second, sums["mean"] / max(count, 1), shrinkage=shrinkage)
+    return InputStatistics(
+        count,
+        shrunk(sums["second"] / max(count, 1), count),
+        sums["mean"] / max(count, 1),
+        shrinkage=shrinkage_of(count, tap.size),
+    )
+
+
+def shrinkage_of(count: int, size: int) -> float:
+    """K / (K + 100 n): 1e-4 at a hundred rows a dimension, a half at a hundredth of a row."""
+    return size / (size + 100.0 * count)
+
+
+def shrunk(second: Array, count: int, spread: float | None = None) -> Array:
+    """(1 - a) times a moment plus a times the mean eigenvalue (`spread`, its own by default) on the diagonal."""
+    size = len(second)
+    shrinkage = shrinkage_of(count, size)
+    if spread is None:
+        spread = float(np.trace(second)) / size or 1.0
+    made: Array = (1 - shrinkage) * second
+    made[np.diag_indices(size)] += shrinkage * spread
+    return made
 
 
 def _gone() -> Mapping[str, Array]:

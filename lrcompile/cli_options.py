@@ -122,7 +122,24 @@ def budget(
         Option(
             metavar="F",
             help="Parameters of all eligible weights, after over before: at most F. Each weight is counted once, those left dense "
-            "too; eligible are the constant weights of MatMul and Gemm, not tables nor heads tied to one.",
+            "too; eligible are the constant weights of MatMul and Gemm, not tables nor heads tied to one (--include and --exclude "
+            "change that).",
+        ),
+    ] = None,
+    size: Annotated[
+        str | None,
+        Option(
+            metavar="SIZE",
+            help="Bytes of all constants that the engine keeps in memory, tables, biases and norms too: at most 60MB, 1.2GB or "
+            "500KB (decimal units), or 0.5x, half of the original's.",
+        ),
+    ] = None,
+    flops: Annotated[
+        str | None,
+        Option(
+            metavar="N",
+            help="FLOPs at the first feed, 2 for each multiply-accumulate of a constant weight, rewritten or not: at most 1.2G, or "
+            "0.5x, half of the original's.",
         ),
     ] = None,
     energy: Annotated[
@@ -137,11 +154,37 @@ def budget(
         str | None,
         Option(
             metavar="LIMITS",
-            help="How far outputs may move, as in snr=30,cosine=0.99,kl=0.05,metric=1.05x. [default: cosine=0.99]",
+            help="How far outputs may move, as in snr=30,cosine=0.99,kl=0.05,metric=1.05x. Alone it is searched for: plans are "
+            "compiled and verified until the smallest that holds is known; beside a budget it only judges. "
+            "[default: cosine=0.99]",
         ),
     ] = None,
     objective: Annotated[
-        str | None, Option(metavar="NAME", help="What gets small under --max-error: size. [default: size]")
+        str | None,
+        Option(metavar="NAME", help="What gets small under --max-error: size or flops. [default: size]"),
+    ] = None,
+    refit: Annotated[
+        bool | None,
+        Option(
+            "--refit/--no-refit",
+            help="Fit each weight to what the compressed part before it gives. [default: where there is data]",
+        ),
+    ] = None,
+    gradients: Annotated[
+        bool | None,
+        Option(
+            "--gradients/--no-gradients",
+            help="Weigh errors by how the outputs react to them, where gradients can be computed. [default: yes]",
+        ),
+    ] = None,
+    pareto: Annotated[
+        Path | None,
+        Option(
+            metavar="FILE",
+            help="Write the trade-off of size and error to FILE.json or FILE.svg, beside OUT: every plan that was compiled and "
+            "verified (several under --max-error, one under a budget), and, marked as predicted, where there is data, what the "
+            "outputs would move by at 30 to 100 % of what can shrink.",
+        ),
     ] = None,
     plan: Annotated[
         Path | None,

@@ -23,13 +23,14 @@ from lrcompile.plan import group_by_name
 from lrcompile.progress import Progress, silent
 from lrcompile.publish import save_lowered
 from lrcompile.recheck import check_stored, published_factors, stored_feeds
-from lrcompile.records import Evidence, Plan, Source
+from lrcompile.records import Evidence, Plan, Source, Tradeoff
 from lrcompile.registry import factorizations, methods_of
 from lrcompile.rewrite import jittered, reconstructed
 from lrcompile.sites import find
 from lrcompile.store import check_folder
 from lrcompile.surgeon import scripted
 from lrcompile.tables import figures
+from lrcompile.tradeoff import predicted, write_tradeoff
 from lrcompile.verify import Noise, check_rewrite, judge, measure, noise_of, score
 from lrcompile.weights import ModelWeights
 
@@ -76,8 +77,14 @@ def plan(
         known = study(model, options, shop, progress)
         problem = problem_of(known)
         if options.plan is not None or options.budget.bounds_size:
-            return first_plan(problem, known)
-        return search(problem, job_of(known)).plan
+            made = first_plan(problem, known)
+            tradeoff = Tradeoff(options.budget, (), tuple(predicted(problem)) if options.pareto else ())
+        else:
+            best, tradeoff = search(problem, job_of(known))
+            made = best.plan
+    if options.pareto is not None:
+        write_tradeoff(options.pareto, tradeoff)
+    return made
 
 
 # --- verify -------------------------------------------------------------------------------------------------------

@@ -19,24 +19,37 @@ import onnx_ir as ir
 from threadpoolctl import threadpool_limits
 
 from lrcompile.build import build, feeds_for, original_of, set_limits, started
-from lrcompile.calibrate import StoredStatistics, calibrate
+from lrcompile.calibrate import calibrate
 from lrcompile.child import Child
-from lrcompile.cost import is_large
+from lrcompile.cost import bytes_of, is_large, rows_of
 from lrcompile.errors import BuildError, VerificationError
 from lrcompile.factorize import annotate, factorize
 from lrcompile.factors import FactorSet
-from lrcompile.feeds import Feeds, calibration_and_held_out, inputs_of
-from lrcompile.interfaces import Factorization, Runtime
+from lrcompile.feeds import STYLES, Feeds, calibration_and_held_out, draw, inputs_of
+from lrcompile.interfaces import Factorization, Runtime, StatisticsSource
 from lrcompile.load import load
 from lrcompile.lower import lower
 from lrcompile.options import Options
-from lrcompile.plan import Problem, Trial, check_plan, choose, dense_plan, group_by_name, prepare, revise
+from lrcompile.plan import (
+    Problem,
+    Trial,
+    Whole,
+    check_plan,
+    choose,
+    dense_plan,
+    group_by_name,
+    prepare,
+    revise,
+)
 from lrcompile.progress import Progress, silent
 from lrcompile.publish import Package, publish, result_of, save_lowered
-from lrcompile.records import Evidence, Finding, Plan, Result, Source
+from lrcompile.reactions import reacting
+from lrcompile.records import Evidence, Finding, Plan, Result, Source, Tradeoff, TradeoffPoint
+from lrcompile.refit import refit
 from lrcompile.registry import methods_of, runtime_of
 from lrcompile.report import render
 from lrcompile.rewrite import jittered, reconstructed, rewrite
+from lrcompile.sensitivity import predicted
 from lrcompile.sites import find
 from lrcompile.store import (
     Cache,
@@ -48,6 +61,8 @@ from lrcompile.store import (
     staging,
 )
 from lrcompile.surgeon import scripted
+from lrcompile.tradeoff import check_pareto, point_of, write_tradeoff
+from lrcompile.tradeoff import predicted as predicted_curve
 from lrcompile.verify import Metric, Noise, check_rewrite, judge, measure, noise_of, score
 from lrcompile.weights import ModelWeights
 
@@ -73,7 +88,7 @@ class Study:
     source: Source
     finding: Finding
     weights: ModelWeights
-    statistics: StoredStatistics | None
+    statistics: StatisticsSource | None
     calibration: Feeds | None
     held_out: Feeds | None
     child: Child
@@ -118,13 +133,17 @@ def compile(  # noqa: A001 - the verb of this tool
     """
     options = (options or Options()).completed()
     check_out(out, options.force)
+    check_pareto(options.pareto, out)
     with (
         workshop(options, child) as shop,
         staging(out, force=options.force, locks=shop.cache.locks) as folder,
     ):
         job = job_of(study(model, options, shop, progress))
-        best = search(problem_of(job), job)
-        return _publish(best, _prove(best, job), job, folder, Path(out))
+        best, tradeoff = search(problem_of(job), job)
+        result = _publish(best, _prove(best, job), tradeoff, job, folder, Path(out))
+    if options.pareto is not None:
+        write_tradeoff(options.pareto, tradeoff)
+    return result
 
 
 @contextlib.contextmanager
@@ -150,12 +169,17 @@ def study(model: str | Path | ir.Model, options: Options, shop: Workshop, progre
     calibration, held_out = calibration_and_held_out(options.data, options.verify_data, inputs, options.batch)
     set_limits(shop.child, options, source, len(calibration or ()) + len(held_out or ()))
     weights = ModelWeights(shop.cache, source.opset)
-    statistics = None
+    statistics: StatisticsSource | None = None
     if calibration is not None and options.budget.rank != "full":
         statistics = calibrate(
             source.model, finding, calibration, source.key, target=options.target, child=shop.child, cache=shop.cache,
             progress=progress,
         )  # fmt: skip
+        if options.gradients:
+            statistics, _ = reacting(
+                source, finding, statistics, calibration, child=shop.child, cache=shop.cache, seed=options.seed,
+                progress=progress,
+            )  # fmt: skip
     return Study(
         options, runtime, methods, source, finding, weights, statistics, calibration, held_out, shop.child, shop.scratch,
         progress,
@@ -179,18 +203,30 @@ def job_of(known: Study) -> Job:
     return Job(**shared, original=original, drawn=drawn, judged_on=judged_on, metric=metric)
 
 
-def search(problem: Problem, job: Job) -> Attempt:
-    """plan, factorize, rewrite, lower, build, verify; and again, as long as `revise` knows a plan worth trying."""
+def search(problem: Problem, job: Job) -> tuple[Attempt, Tradeoff]:
+    """plan, factorize, rewrite, lower, build, verify; and again, as long as `revise` knows a plan worth trying.
+
+    The attempt to publish, and the curve of all that was tried. Raises VerificationError where a budget cannot hold the error limit.
+    """
     trials: list[Trial] = []
+    points: list[TradeoffPoint] = []
     best: Attempt | None = None
     chosen: Plan | None = first_plan(problem, job)
     while chosen:
         attempt = _attempt(chosen, job, len(trials))
         best = _better(attempt, best)
         trials.append(Trial(chosen, attempt.evidence))
+        points.append(point_of(problem, attempt.plan, attempt.evidence, attempt.model or job.source.model))
         chosen = revise(problem, trials)
     assert best is not None
-    return _give_up(best, problem, job, len(trials)) if best.evidence.verdict == "failed" else best
+    found = best.evidence.verdict != "failed"
+    last = max(
+        (i for i, p in enumerate(points) if p.verdict != "failed"), default=None
+    )  # what `_better` kept
+    more = tuple(predicted_curve(problem)) if job.options.pareto is not None else ()
+    searched = bool(problem.budget.max_error) and not problem.budget.bounds_size and job.options.plan is None
+    tradeoff = Tradeoff(problem.budget, tuple(points), more, last, searched)
+    return (best if found else _give_up(tradeoff, problem, job)), tradeoff
 
 
 def first_plan(problem: Problem, known: Study) -> Plan:
@@ -211,26 +247,36 @@ def load_metric(given: str | Metric | None) -> Metric | None:
 
 
 def problem_of(known: Study) -> Problem:
-    """The candidates of every group, from which all plans choose."""
-    return prepare(
+    """The candidates of every group, from which all plans choose, and where there is data how far each would move the outputs."""
+    problem = prepare(
         known.finding, known.weights, known.statistics, tuple(known.methods.values()), known.options.budget,
         target=known.options.target, supports=lambda d: known.runtime.supports(d, known.options.target),
-        include=known.options.include, exclude=known.options.exclude, progress=known.progress,
+        include=known.options.include, exclude=known.options.exclude, whole=whole_of(known), progress=known.progress,
     )  # fmt: skip
+
+    if known.statistics is None or known.calibration is None or not known.options.searches:
+        return problem
+    set_limits(known.child, known.options, known.source, 12 * len(known.calibration))
+    return predicted(
+        problem, known.source, known.weights, known.statistics, known.methods, known.calibration, child=known.child,
+        target=known.options.target, scratch=known.scratch, seed=known.options.seed, progress=known.progress,
+    )  # fmt: skip
+
+
+def whole_of(known: Study) -> Whole:
+    """What relative budgets are relative to, at the first feed that is known, or where FLOPs are asked for at one that is drawn."""
+    options, source = known.options, known.source
+    feed = next(iter(known.calibration or known.held_out or ()), None)
+    if feed is None and (options.budget.flops is not None or options.budget.objective == "flops"):
+        feed = next(iter(draw(source.model, STYLES[0], options.seed, 1, options.dims)))
+    rows = rows_of(source.model, known.finding, feed) if feed is not None else {}
+    return Whole(bytes_of(source.model), rows)
 
 
 def _attempt(chosen: Plan, job: Job, number: int) -> Attempt:
     """factorize, rewrite, lower, build, verify: one plan, carried out and measured on held-out data."""
+    sets = _factors(chosen, job)
     set_limits(job.child, job.options, job.source, len(job.judged_on))
-    sets = factorize(
-        chosen,
-        group_by_name(job.finding),
-        job.weights,
-        job.statistics,
-        job.methods,
-        job.options.seed,
-        job.progress,
-    )
     neutral = rewrite(job.source.model, sets) if sets else None
     model = lower(neutral.clone(), job.runtime.lowering(job.options.target)) if neutral is not None else None
     path = save_lowered(model, job.source, job.scratch / f"trial-{number}", job.options.external_data)
@@ -243,6 +289,18 @@ def _attempt(chosen: Plan, job: Job, number: int) -> Attempt:
     return Attempt(annotate(chosen, sets), sets, neutral, model, path, evidence)
 
 
+def _factors(chosen: Plan, job: Job) -> tuple[FactorSet, ...]:
+    """factorize: by the stored statistics, or each group by what the compressed part before it gives."""
+    groups, options = group_by_name(job.finding), job.options
+    if job.statistics is None or job.calibration is None or not options.refit or not chosen.rewritten:
+        return factorize(chosen, groups, job.weights, job.statistics, job.methods, options.seed, job.progress)
+    set_limits(job.child, options, job.source, 6 * len(job.calibration))
+    return refit(
+        job.source, chosen, groups, job.weights, job.statistics, job.methods, job.calibration, child=job.child,
+        target=options.target, scratch=job.scratch, seed=options.seed, progress=job.progress,
+    )  # fmt: skip
+
+
 def _better(attempt: Attempt, best: Attempt | None) -> Attempt:
     """The later of those that hold the limits: a search goes on only to smaller ones. The other's file is removed."""
     if best is None:
@@ -252,12 +310,18 @@ def _better(attempt: Attempt, best: Attempt | None) -> Attempt:
     return kept
 
 
-def _give_up(best: Attempt, problem: Problem, job: Job, number: int) -> Attempt:
+def _give_up(tradeoff: Tradeoff, problem: Problem, job: Job) -> Attempt:
     """No plan held the error limit: a budget makes that an error, without one everything stays dense."""
-    reached = "; ".join(best.evidence.failures)
+    best = tradeoff.best
+    assert best is not None
+    reached = "; ".join(best.failures)
     if problem.budget.bounds_size or job.options.plan is not None:
-        raise VerificationError(f"the outputs moved further than --max-error allows: {reached}")
-    return _attempt(dense_plan(problem, f"no form held the error limit: {reached}"), job, number)
+        raise VerificationError(
+            f"the outputs moved further than --max-error allows: {reached}; that is the best reached within "
+            f"{next(iter(problem.budget.bounds), '--plan')}, which kept {best.size}: allow more of either"
+        )
+    reason = f"no form held the error limit; the best reached, with {best.size}: {reached}"
+    return _attempt(dense_plan(problem, reason), job, len(tradeoff.points))
 
 
 def _prove(best: Attempt, job: Job) -> Evidence:
@@ -288,13 +352,15 @@ def prove(path: Path, sets: Sequence[FactorSet], job: Job) -> Noise:
     return noise
 
 
-def _publish(best: Attempt, evidence: Evidence, job: Job, folder: Path, out: Path) -> Result:
+def _publish(
+    best: Attempt, evidence: Evidence, tradeoff: Tradeoff, job: Job, folder: Path, out: Path
+) -> Result:
     """Everything into the staged folder; the file that was verified is the file that is published."""
     job.progress("publish", 0, 1)
     copy_folder(best.path.parent, folder)
     package = Package(
         job.source, job.finding, best.plan, best.sets, best.model, best.neutral if job.options.keep_functions else None, evidence,
-        job.options, (*job.source.notes, *filter(None, [job.drawn.note])),
+        job.options, (*job.source.notes, *filter(None, [job.drawn.note])), tradeoff,
     )  # fmt: skip
     try:
         engine = build(job.child, "ort-cpu", best.path)

@@ -17,21 +17,56 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
 
 from lrcompile.errors import UsageError
 from lrcompile.options import Options
-from lrcompile.records import Budget, Limit, Plan
+from lrcompile.records import Amount, Budget, Limit, Plan
 from lrcompile.store import read_json, read_text
 from lrcompile.verify import parse_limits
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+_UNITS = {
+    "": 1,
+    "K": 10**3,
+    "M": 10**6,
+    "G": 10**9,
+    "T": 10**12,
+    "KI": 2**10,
+    "MI": 2**20,
+    "GI": 2**30,
+    "TI": 2**40,
+}
 
 
 def parse_memory(given: object) -> object:
     """``4GB``, ``512MiB`` or a number of bytes, in bytes. Raises ValueError."""
     if not isinstance(given, str):
         return given
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?)B?", given.strip().upper())
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", given.strip().upper())
     if found is None or found[2] not in _UNITS:
         raise ValueError("give a number of bytes, or one with KB, MB, GB, KiB, MiB or GiB")
     return int(float(found[1]) * _UNITS[found[2]])
+
+
+def parse_amount(given: object, unit: str = "") -> object:
+    """``60MB``, ``1.2G``, a number, or ``0.5x``: a share of the original's; decimal units unless spelled KiB. Raises ValueError."""
+    if isinstance(given, (int, float)) and not isinstance(given, bool):
+        given = repr(given)
+    if not isinstance(given, str):
+        return given
+    words = given.strip().upper()
+    found = re.fullmatch(rf"(\d+(?:\.\d*)?(?:E[+-]?\d+)?)\s*(X|(?:[KMGT]I?)?{unit}?)", words)
+    try:
+        if found is not None and found[2] == "X":
+            return Amount(float(found[1]), relative=True)
+        if found is not None:
+            return Amount(float(found[1]) * _UNITS[found[2].removesuffix(unit) if unit else found[2]])
+    except (KeyError, OverflowError):
+        pass
+    names = ", ".join(f"{u}{unit}" for u in ("K", "M", "G", "T"))
+    raise ValueError(
+        f"an amount such as 60M{unit} (a number, or one with {names}), or such as 0.5x, a share of the original's"
+    )
+
+
+def _size(given: object) -> object:
+    return parse_amount(given, "B")
 
 
 def _words(given: object) -> object:
@@ -53,6 +88,8 @@ class Config(BaseModel):
     target: str | None = None
     methods: Annotated[tuple[str, ...] | None, BeforeValidator(_words), Field(min_length=1)] = None
     keep: Annotated[float | None, Field(gt=0, le=1)] = None
+    size: Annotated[Amount | None, BeforeValidator(_size)] = None
+    flops: Annotated[Amount | None, BeforeValidator(parse_amount)] = None
     energy: Annotated[float | None, Field(gt=0, le=1)] = None
     rank: Annotated[int, Field(ge=1)] | Literal["full"] | None = None
     max_error: Annotated[tuple[Limit, ...] | None, BeforeValidator(_limits)] = None
@@ -66,6 +103,9 @@ class Config(BaseModel):
     batch: Annotated[int | None, Field(ge=1)] = None
     dims: dict[str, Annotated[int, Field(ge=0)]] | None = None
     seed: Annotated[int | None, Field(ge=0)] = None
+    refit: bool | None = None
+    pareto: Path | None = None
+    gradients: bool | None = None
     threads: Annotated[int | None, Field(ge=1)] = None
     timeout: Annotated[float | None, Field(gt=0)] = None
     memory: Annotated[int | None, BeforeValidator(parse_memory), Field(gt=0)] = None
@@ -77,8 +117,8 @@ class Config(BaseModel):
     cache: Path | None = None
 
 
-_SIZE = {"keep", "energy", "rank", "plan"}  # only one of these can hold
-_BUDGET = ("keep", "energy", "rank", "max_error", "objective")
+_SIZE = {"keep", "size", "flops", "energy", "rank", "plan"}  # only one of these can hold
+_BUDGET = ("keep", "size", "flops", "energy", "rank", "max_error", "objective")
 
 
 def options_from(flags: Mapping[str, Any], file: Path | str | None = None) -> Options:

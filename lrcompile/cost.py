@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import onnx_ir as ir
 
-from lrcompile.graph import FLOATS, dims, tensors
-from lrcompile.records import Group, Site
+from lrcompile.graph import FLOATS, dims, shapes_of, tensors
+from lrcompile.interfaces import Array
+from lrcompile.records import Finding, Group, Site
 
 
 def parameters_of(model: ir.Model) -> int:
@@ -43,3 +45,15 @@ def stored_bytes(group: Group) -> int:
     """Bytes of the group's weights as the file stores them, each once."""
     weights = {s.weight: s for s in group.sites}
     return sum(math.ceil(s.elements * ir.DataType[s.stored.upper()].bitwidth / 8) for s in weights.values())
+
+
+def rows_of(model: ir.Model, finding: Finding, feed: Mapping[str, Array]) -> dict[str, int]:
+    """Rows of x that each site multiplies at this feed; one where shapes depend on values."""
+    shapes = shapes_of(model, {n: np.shape(a) for n, a in feed.items()})
+    rows = {}
+    for site in finding.sites:
+        if site.refusal is None:
+            shape = shapes.get(site.data)
+            size = math.prod(shape.numpy()) if shape is not None and shape.is_static() else site.K
+            rows[site.name] = size if site.kind == "lookup" else max(size // max(site.K, 1), 0)
+    return rows

@@ -41,12 +41,19 @@ def factorize(
     methods: Mapping[str, Factorization],
     seed: int,
     progress: Progress = silent,
+    measured_by: tuple[Weights, StatisticsSource | None] | None = None,
 ) -> tuple[FactorSet, ...]:
-    """Factors of every decision that rewrites. Raises PluginError when a factorization broke its claim."""
+    """Factors of every decision that rewrites. Raises PluginError when a factorization broke its claim.
+
+    measured_by: what the measured error is relative to, when that is not what the factors are fitted to.
+    """
     rewritten = tuple(plan.rewritten)
 
     def work(decision: Decision) -> FactorSet:
-        return _one(decision, groups[decision.group], methods[decision.method], weights, statistics, seed)
+        return _one(
+            decision, groups[decision.group], methods[decision.method], weights, statistics, seed,
+            measured_by or (weights, statistics),
+        )  # fmt: skip
 
     made = []
     for factors in side_by_side(work, rewritten, lambda d: groups[d.group]):
@@ -62,6 +69,7 @@ def _one(
     weights: Weights,
     statistics: StatisticsSource | None,
     seed: int,
+    measured_by: tuple[Weights, StatisticsSource | None],
 ) -> FactorSet:
     site = group.sites[0]
     storage = storage_of(site)
@@ -73,7 +81,6 @@ def _one(
     key = (
         "factors-2", decision.method, str(decision.rank), repr(decision.structure), storage.name, str(seed),
         *(weights.key(s) for s in group.sites), *(statistics.key(s) if statistics else "" for s in group.sites),
-        *(repr(b.tolist()) if (b := weights.bias(s)) is not None else "" for s in group.sites),
     )  # fmt: skip
 
     def compute() -> Factors:
@@ -81,7 +88,7 @@ def _one(
         stored = {n: a if n.startswith("bias") else _stored(a, storage) for n, a in factors.items()}
         if broken := [n for n, a in stored.items() if not np.isfinite(a.astype(np.float64)).all()]:
             raise PluginError(f"{method.name} gave NaN or Inf in factor {broken[0]!r} of {group.name}")
-        error = group_loss(group, weights, statistics, method.reconstruct(group, stored))
+        error = group_loss(group, *measured_by, method.reconstruct(group, stored))
         return {**{_tag(n, a): _raw(a) for n, a in stored.items()}, "measured": np.array([error])}
 
     kept = weights.remember(key, compute)

@@ -2,34 +2,68 @@
 
 ``shared`` and ``tied``: one stored weight, several readers. ``qkv``, ``gate_up``: different weights that read one input.
 ``up_down``: an FFN, hidden = act(x Wu) (times x Wg), y = hidden Wd. ``value_output``: x Wv, attention over positions, Wo.
+``query_key``: x Wq and x Wk, which meet in the product that a softmax over keys reads.
+
+The last three are found generously, and `widths` says of each what can be cut between its sites, or why nothing can.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import onnx_ir as ir
 
+from lrcompile.crossings import ELEMENTWISE, FUSED
+from lrcompile.extents import Extents
 from lrcompile.graph import tensor_of
 from lrcompile.records import Group, Site
+from lrcompile.widths import width_of
 
-_ELEMENTWISE = frozenset(
-    "Add Sub Mul Div Pow Sqrt Erf Exp Tanh Sigmoid Relu LeakyRelu Elu Selu Celu Gelu Swish HardSigmoid HardSwish Mish Softplus "
-    "Softsign Clip Abs Neg Min Max Cast Identity Dropout PRelu ThresholdedRelu".split()
-)
 _HEAD_SHUFFLES = frozenset({"Reshape", "Transpose", "Identity", "Cast", "Squeeze", "Unsqueeze", "Expand"})
+# What may lie between a projection and the scores, whether it can be cut through or not: rotations, norms, caches.
+_QUERY_WAY = _HEAD_SHUFFLES | frozenset(
+    "Mul Div Add Sub Neg Concat Slice Split Gather Where Pow Sqrt ReduceMean Reciprocal Dropout Tile RotaryEmbedding "
+    "LayerNormalization RMSNormalization SimplifiedLayerNormalization".split()
+)
+# Between the scores and their softmax: what is added to or multiplied with them, and Reshapes, which keep the keys last.
+_SCORE_WAY = frozenset("Add Sub Mul Div Where Cast Identity Reshape Max Dropout".split())
+_FEW = 64  # nodes that a way has at most
 
 
-def groups_of(sites: Sequence[Site]) -> tuple[Group, ...]:
-    """Every group of the sites that can be taken; first the partition by stored weight, then the overlapping ones."""
+def groups_of(sites: Sequence[Site], shapes: Mapping[ir.Value, ir.Shape] | None = None) -> tuple[Group, ...]:
+    """Every group of the sites that can be taken; first the partition by stored weight, then the overlapping ones.
+
+    shapes: of the model's values, as far as they are known; without them nothing can be cut that depends on more than the file says.
+    """
     taken = [s for s in sites if s.refusal is None]
     by_weight: dict[object, list[Site]] = defaultdict(list)
     for site in taken:
         by_weight[_identity(site.root)].append(site)
     units = [group for members in by_weight.values() for group in _units(members)]
     linear = [s for s in taken if s.kind == "linear"]
-    return (*units, *_siblings(linear), *_ffns(linear), *_value_outputs(linear))
+    extents = Extents(shapes or {})
+    wide = [*_with_width(_ffns(linear), units, extents), *_with_width(_value_outputs(linear), units, extents)]
+    return (*units, *_siblings(linear), *wide, *_query_keys(linear, units, extents))
+
+
+def _with_width(groups: Iterable[Group], units: Sequence[Group], extents: Extents) -> Iterator[Group]:
+    for group in groups:
+        yield _measured(group, units, extents)
+
+
+def _measured(group: Group, units: Sequence[Group], extents: Extents, scores: ir.Node | None = None) -> Group:
+    """The group with what can be cut between its sites, or why nothing can."""
+    for site in group.sites:
+        unit = next(u for u in units if site in u.sites)
+        if unit.keeper or len(unit.sites) > 1:
+            other = unit.keeper or next(s.name for s in unit.sites if s is not site)
+            return replace(
+                group, refusal=f"{other!r} reads the weight of {site.name} too, and needs it whole"
+            )
+    found = width_of(group.kind, group.sites, extents, scores)
+    return replace(group, refusal=found) if isinstance(found, str) else replace(group, width=found)
 
 
 def _units(members: list[Site]) -> Iterable[Group]:
@@ -123,7 +157,7 @@ def _forward(value: ir.Value) -> set[ir.Node]:
     pending = [value]
     while pending and len(found) < 32:
         for node in pending.pop().consumers():
-            if node.op_type in _ELEMENTWISE and node not in found:
+            if node.op_type in ELEMENTWISE and node not in found:
                 found.add(node)
                 pending.extend(node.outputs)
     return found
@@ -132,7 +166,7 @@ def _forward(value: ir.Value) -> set[ir.Node]:
 def _ffns(sites: list[Site]) -> Iterable[Group]:
     made_by = {s.node.outputs[0]: s for s in sites}
     for down in sites:
-        ups = _behind(down.data, made_by, _ELEMENTWISE)
+        ups = _behind(down.data, made_by, ELEMENTWISE)
         if not ups or down in ups or len({id(u.data) for u in ups}) != 1:
             continue
         if all(u.N == down.K for u in ups) and all(_only_feeds(u, down) for u in ups):
@@ -170,7 +204,7 @@ def _only_feeds(up: Site, down: Site) -> bool:
         for node in value.consumers():
             if node is down.node or node in seen:
                 continue
-            if node.op_type not in _ELEMENTWISE:
+            if node.op_type not in ELEMENTWISE:
                 return False
             seen.add(node)
             pending.extend(node.outputs)
@@ -181,30 +215,112 @@ def _value_outputs(sites: list[Site]) -> Iterable[Group]:
     """Wo's input traced back through head shuffles to probabilities @ values, and the values to Wv."""
     made_by = {s.node.outputs[0]: s for s in sites}
     for out in sites:
-        mix = _back(out.data, _HEAD_SHUFFLES | {"Where"}).producer()
-        if mix is None or mix.domain or mix.op_type != "MatMul" or mix is out.node or mix.inputs[1] is None:
+        mix = _back(out.data, _HEAD_SHUFFLES | {"Where", "Mul", "Div", "Neg", "Dropout", "Slice"}).producer()
+        if mix is None or mix is out.node:
             continue
-        values = made_by.get(_back(mix.inputs[1], _HEAD_SHUFFLES | {"Add", "Concat"}, made_by))
-        if values is not None and values is not out:
-            yield _group("value_output", [values, out])
+        index = 1 if mix.op_type == "MatMul" and not mix.domain else 2 if mix.op_type in FUSED else None
+        moving = mix.inputs[index] if index is not None and len(mix.inputs) > index else None
+        if moving is None:
+            continue
+        found = _projections(moving, made_by)
+        if len(found) == 1 and out not in found:
+            yield _group("value_output", [*found, out])
 
 
-def _back(value: ir.Value, through: frozenset[str], stop: Container[ir.Value] = ()) -> ir.Value:
-    """Where a value comes from: before these operators, of which one operand moves.
+def _query_keys(sites: list[Site], units: Sequence[Group], extents: Extents) -> Iterator[Group]:
+    """Products of two sites' outputs, each behind what may lie between a projection and the scores."""
+    made_by = {s.node.outputs[0]: s for s in sites}
+    weighted = {s.node for s in sites}
+    seen: set[tuple[str, str]] = set()
+    for graph in dict.fromkeys(s.node.graph for s in sites):
+        for node in graph or ():
+            fused = node.op_type in FUSED
+            if node in weighted or not (fused or (node.op_type == "MatMul" and not node.domain)):
+                continue
+            if len(node.inputs) < 2:
+                continue
+            first, second = (_projections(v, made_by) for v in node.inputs[:2])
+            if len(first) != 1 or len(second) != 1 or first == second:
+                continue
+            (q,), (k,) = first, second
+            if not fused and _is_transposed(node):
+                q, k = k, q
+            if (q.name, k.name) in seen:
+                continue
+            seen.add((q.name, k.name))
+            group = _group("query_key", [q, k])
+            if not fused and (reader := _reads_scores(node, extents)):
+                yield replace(group, refusal=reader)
+            else:
+                yield _measured(group, units, extents, node)
 
-    The others are shapes, a bias (Add), what masked rows get (Where), a cache that the caller gives (Concat).
-    """
-    while (
-        value not in stop
-        and (node := value.producer()) is not None
-        and node.op_type in through
-        and not node.domain
-    ):
+
+def _projections(value: ir.Value | None, made_by: Mapping[ir.Value, Site]) -> set[Site]:
+    """The sites that a value is made from, looking back through what may lie between a projection and the scores."""
+    found: set[Site] = set()
+    pending, seen = [value], {value}
+    while pending and len(seen) < 2 * _FEW:
+        at = pending.pop()
+        if at is None:
+            continue
+        if at in made_by:
+            found.add(made_by[at])
+            continue
+        node = at.producer()
+        if node is None or node.op_type not in _QUERY_WAY:
+            continue
+        data = (
+            node.inputs[:1] if node.op_type in _HEAD_SHUFFLES | {"Slice", "Gather", "Split"} else node.inputs
+        )
+        pending.extend(v for v in data if v not in seen)
+        seen.update(data)
+    return found
+
+
+def _is_transposed(scores: ir.Node) -> bool:
+    """Whether the keys are the left operand: then the softmax goes over rows."""
+    axes = [n.attributes["axis"].as_int() for n in _softmaxes(scores)[0] if "axis" in n.attributes]
+    return axes == [-2]
+
+
+def _softmaxes(scores: ir.Node) -> tuple[list[ir.Node], str]:
+    """The softmaxes that read the scores, and what else reads them."""
+    found: list[ir.Node] = []
+    pending, seen = [scores.outputs[0]], set[ir.Node]()
+    while pending:
+        value = pending.pop()
+        if value.is_graph_output():
+            return found, f"the output {value.name!r}"
+        for node in value.consumers():
+            if node.op_type == "Softmax":
+                found.append(node)
+            elif node.op_type not in _SCORE_WAY or len(seen) > _FEW:
+                return found, f"{node.op_type} {node.name or node.outputs[0].name!r}"
+            elif node not in seen:
+                seen.add(node)
+                pending.extend(node.outputs)
+    return found, ""
+
+
+def _reads_scores(scores: ir.Node, extents: Extents) -> str:
+    """A sentence unless a softmax over the keys is all that reads the scores: only that does not see what all keys have in common."""
+    found, other = _softmaxes(scores)
+    if other or not found:
+        return f"{other or 'nobody'} reads the scores, and not a softmax over the keys alone"
+    for node in found:
+        axis = node.attributes["axis"].as_int() if "axis" in node.attributes else -1
+        rank = extents.rank(node.outputs[0])
+        if axis not in (-1, -2) and (rank is None or axis != rank - 1):
+            return f"the softmax {node.name!r} does not go over the keys"
+    return ""
+
+
+def _back(value: ir.Value, through: frozenset[str]) -> ir.Value:
+    """Where a value comes from: before these operators, of which one operand moves; the others are shapes, factors, what masked rows get."""
+    while (node := value.producer()) is not None and node.op_type in through and not node.domain:
         moving = list(node.inputs[:1])
-        if node.op_type in ("Add", "Where"):
+        if node.op_type in ("Where", "Mul", "Div"):
             moving = [v for v in node.inputs[-2:] if tensor_of(v) is None]
-        elif node.op_type == "Concat":
-            moving = [v for v in node.inputs if v is not None and v.producer() is not None]
         if len(moving) != 1 or moving[0] is None:
             break
         value = moving[0]

@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lrcompile.cost import bytes_of, parameters_of, stored_bytes
+from lrcompile.curves import eligible
 from lrcompile.interfaces import CandidateOptions, Factorization, StatisticsSource, Weights
-from lrcompile.plan import eligible
 from lrcompile.progress import Progress, silent
 from lrcompile.records import Budget, Candidate, Finding, Group, Source
 from lrcompile.tables import columns, counted

@@ -58,6 +58,10 @@ class Weights(Protocol):
         """
         ...
 
+    def low_rank_movements(self, group: Group, statistics: StatisticsSource | None) -> Array | None:
+        """(n + 1,): how far these approximations are predicted to move the model's outputs; None where that is not known."""
+        ...
+
     def low_rank(self, group: Group, statistics: StatisticsSource | None, rank: int) -> Factors:
         """The best approximation of that rank: a (K, r), b (r, N), b with orthonormal rows unless a tied head reads W^T.
 

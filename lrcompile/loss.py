@@ -91,9 +91,10 @@ def _query_key(
     width = group.width
     assert width is not None
     known = statistics.of(query) if statistics is not None else None
+    heard = statistics.of(key) if statistics is not None else None
     Wq, Wk = weights.matrix(query), weights.matrix(key)
     cut_q, cut_k = changed[query.name, "weight"], changed[key.name, "weight"]
-    Sq, Sk = second_of_output(Wq, weights.bias(query), known), covariance_of_output(Wk, known)
+    Sq, Sk = second_of_output(Wq, weights.bias(query), known), covariance_of_output(Wk, heard)
     lost = all_ = 0.0
     s = width.size
     for head in range(width.heads):

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from lrcompile.errors import UsageError
-from lrcompile.records import Budget, Limit, Plan
+from lrcompile.records import Amount, Budget, Limit, Plan
 
 logger = logging.getLogger(__name__)
 
 # What holds when neither a budget nor a plan is given.
 DEFAULT_LIMIT = Limit("cosine", 0.99)
+
+# What --objective can make small; disk and latency come with the engines.
+OBJECTIVES = ("size", "flops")
 
 Data = str | Path | Iterable[Mapping[str, Any]] | Callable[[], Iterable[Mapping[str, Any]]]
 
@@ -35,6 +38,9 @@ class Options:
     batch: int = 8
     dims: Mapping[str, int] = field(default_factory=dict)
     seed: int = 0
+    refit: bool = True
+    pareto: Path | None = None
+    gradients: bool = True
     threads: int = 1
     timeout: float | None = None
     memory: int | None = None
@@ -52,21 +58,40 @@ class Options:
             raise UsageError(
                 f"--keep {b.keep:g}: give the share of parameters to keep, above 0 and at most 1"
             )
+        _check_amount("size", b.size, "60MB")
+        _check_amount("flops", b.flops, "1.2G")
         if b.energy is not None and not 0 < b.energy <= 1:
             raise UsageError(f"--energy {b.energy:g}: give a share, above 0 and at most 1")
         if isinstance(b.rank, int) and b.rank < 1:
             raise UsageError(f"--rank {b.rank}: give a rank of at least 1, or full")
-        given = [f"--{n}" for n in ("keep", "energy", "rank") if getattr(b, n) is not None]
+        given = b.bounds
         if len(given) > 1:
-            raise UsageError(f"{' and '.join(given)} both bound the size: give one of them")
+            names = [words.split()[0] for words in given]
+            raise UsageError(f"{' and '.join(names)} both bound what is kept: give one of them")
         if self.plan is not None and given:
-            raise UsageError(f"--plan already decides every rank: leave {given[0]} out")
-        if b.objective != "size":
-            raise UsageError(f"--objective {b.objective}: this version minimises size only")
+            raise UsageError(f"--plan already decides every rank: leave {given[0].split()[0]} out")
+        if b.objective not in OBJECTIVES:
+            raise UsageError(
+                f"--objective {b.objective}: this version minimises {' or '.join(OBJECTIVES)}; latency and disk come with the engines"
+            )
+        self._check_pareto()
         if self.batch < 1 or self.threads < 1:
             raise UsageError("--batch and --threads are at least 1")
         if self.metric is None and any(limit.name == "metric" for limit in b.max_error):
             raise UsageError("--max-error metric=.. needs --metric f.py:func")
+
+    def _check_pareto(self) -> None:
+        if self.pareto is None:
+            return
+        if self.pareto.suffix.lower() not in (".json", ".svg"):
+            raise UsageError(f"--pareto {self.pareto}: the file's name ends in .json or .svg")
+        if not self.pareto.absolute().parent.is_dir():
+            raise UsageError(f"--pareto {self.pareto}: there is no folder {self.pareto.parent}")
+        if not self.searches:
+            decided = "--plan" if self.plan is not None else self.budget.bounds[0]
+            raise UsageError(
+                f"{decided} already decides every form: there is no trade-off to trace, leave --pareto out"
+            )
 
     def completed(self) -> Options:
         """These options, checked, with the default budget where none is given. Raises UsageError where data is missing for it."""
@@ -75,7 +100,7 @@ class Options:
         if not given and self.data is None and self.verify_data is None:
             raise UsageError(
                 f"no budget is given, and the default (--max-error {DEFAULT_LIMIT}) needs --data: give --data, "
-                "or --keep, --energy, --rank, --max-error or --plan"
+                "or --keep, --size, --flops, --energy, --rank, --max-error or --plan"
             )
         if not given:
             logger.warning("no budget is given: --max-error %s", DEFAULT_LIMIT)
@@ -83,11 +108,36 @@ class Options:
         if self.data is None and "auto" in self.methods and options._changes_weights:
             raise UsageError(
                 "without --data there is nothing to weigh the weights by: give --data, or --rank full (identity), "
-                "or name a method that needs none, such as --methods svd-plain with --keep, --energy or --rank"
+                "or name a method that needs none, such as --methods svd-plain with --keep, --size, --flops, --energy or --rank"
+            )
+        if self.pareto is not None and self.data is None and not options.budget.max_error:
+            raise UsageError(
+                "--pareto needs --data: without it nothing predicts how far a smaller plan moves the outputs"
             )
         return options
 
     @property
+    def searches(self) -> bool:
+        """Whether forms of different groups compete: not where a plan, one rank or one energy says what each becomes."""
+        b = self.budget
+        return self.plan is None and b.rank is None and b.energy is None and not self._keeps_all
+
+    @property
     def _changes_weights(self) -> bool:
         """Whether a method must choose what to leave out: not at full rank, nor where everything is kept or a plan decides."""
-        return self.plan is None and self.budget.rank != "full" and self.budget.keep != 1.0
+        return self.plan is None and self.budget.rank != "full" and not self._keeps_all
+
+    @property
+    def _keeps_all(self) -> bool:
+        b = self.budget
+        return b.keep == 1.0 or Amount(1.0, relative=True) in (b.size, b.flops)
+
+
+def _check_amount(name: str, amount: Amount | None, example: str) -> None:
+    if amount is None:
+        return
+    legal = 0 < amount.value <= 1 if amount.relative else 1 <= amount.value < float("inf")
+    if not legal:
+        raise UsageError(
+            f"--{name} {amount}: give an amount such as {example}, or a share of the original's, above 0x and at most 1x, such as 0.5x"
+        )

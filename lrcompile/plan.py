@@ -1,49 +1,44 @@
-"""Plan: which form every weight takes, chosen from the candidates' curves. Pure, but for the candidates' own reading of weights.
+"""Plan: which form every group takes, chosen from the candidates' curves. Pure.
 
-A budget on parameters is met by one common ratio for all eligible weights, the largest that keeps it; an error limit alone is met
-by bisecting that ratio over compiled and verified trials (`revise`). Dense is always allowed, and every decision says why.
+Where it is known how far each form moves the model's outputs, a budget is met by the least predicted movement over all groups,
+methods and ranks together, dense included (`allocate`); without data by one common ratio for all. An error limit alone is
+met by bisecting the share that is kept over compiled and verified trials (`revise`). Every decision says why.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from lrcompile.cost import dense_flops, stored_bytes
+import numpy as np
+
+from lrcompile.allocate import Options, allocate, cheapest, covers_of
+from lrcompile.curves import Curve, Problem, Whole, decision_of, dense_of, folded, prepare, refused_of
 from lrcompile.errors import BudgetError, UsageError
 from lrcompile.interfaces import CandidateOptions, Factorization, StatisticsSource, Weights
-from lrcompile.progress import Progress, silent
-from lrcompile.records import Budget, Candidate, Decision, Evidence, Finding, Group, Plan, Refusal, Site
-from lrcompile.weights import side_by_side
+from lrcompile.measures import Measure, flops_after, measure_of
+from lrcompile.records import Amount, Budget, Candidate, Decision, Evidence, Finding, Group, Plan
 
-# Kernels like ranks in eights; matrices this small are fitted exactly.
-_MULTIPLE, _SMALL = 8, 128
-# A search over the common ratio ends when the bracket is this narrow.
+__all__ = [
+    "Problem",
+    "Trial",
+    "Whole",
+    "check_plan",
+    "choose",
+    "decisions_for",
+    "dense_plan",
+    "flops_after",
+    "group_by_name",
+    "prepare",
+    "revise",
+    "traced",
+]
+
+# A search over the share that is kept ends when the bracket is this narrow.
 _RATIO_STEP = 0.03
 
-Supports = Callable[[Decision], Refusal | None]
-
-
-@dataclass(frozen=True, slots=True)
-class Curve:
-    """The candidates of one group by rising rank, or the reason why it has none."""
-
-    group: Group
-    candidates: tuple[Candidate, ...]
-    reason: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """What is to be planned. total: elements of all eligible weights, of which `fixed` cannot be rewritten at all."""
-
-    finding: Finding
-    curves: tuple[Curve, ...]
-    budget: Budget
-    target: str
-    total: int
-    fixed: int
+Choice = tuple[Candidate, str] | None  # a form and why, or dense
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,153 +49,145 @@ class Trial:
     evidence: Evidence
 
 
-def eligible(site: Site, tied: bool, budget: Budget, include: str | None, exclude: str | None) -> str | None:
-    """None when the site's weight counts for budgets and may be rewritten, else the reason in words."""
-    if exclude is not None and re.search(exclude, site.name):
-        return "excluded by name"
-    if include is not None:
-        return None if re.search(include, site.name) else "not included by name"
-    if budget.rank == "full":
-        return None
-    if site.op not in ("MatMul", "Gemm"):
-        return f"a {site.op} weight takes part only when --include names it"
-    return "a head tied to a table takes part only when --include names it" if tied else None
-
-
-def prepare(
-    finding: Finding,
-    weights: Weights,
-    statistics: StatisticsSource | None,
-    methods: Sequence[Factorization],
-    budget: Budget,
-    *,
-    target: str,
-    supports: Supports = lambda decision: None,
-    include: str | None = None,
-    exclude: str | None = None,
-    progress: Progress = silent,
-) -> Problem:
-    """Curves of every group, computed once; all plans of a search choose from them."""
-    _check_patterns(include, exclude)
-    curves: list[Curve] = []
-    total = fixed = 0
-    counted: set[str] = set()
-    units = finding.units
-
-    def work(group: Group) -> Curve | str:
-        reasons = [eligible(s, group.kind == "tied", budget, include, exclude) for s in group.sites]
-        # a weight with several readers is taken when any reader is wanted and none is excluded
-        barred = next((r for r in reasons if r == "excluded by name"), None) or (
-            reasons[0] if all(reasons) else None
-        )
-        return barred or _curve(group, weights, statistics, methods, budget, target, supports)
-
-    for group, made in zip(units, side_by_side(work, units, lambda group: group), strict=True):
-        curve = Curve(group, (), made) if isinstance(made, str) else made
-        curves.append(curve)
-        if not isinstance(made, str):
-            elements = _count(group.sites, counted)
-            total += elements
-            fixed += 0 if curve.candidates else elements
-        progress("plan", len(curves), len(units))
-    tied = {s.weight for g in units if g.kind == "tied" for s in g.sites}
-    refused = [s for s in finding.sites if s.refusal is not None]
-    elements = _count(
-        [s for s in refused if eligible(s, s.weight in tied, budget, include, exclude) is None], counted
-    )
-    return Problem(finding, tuple(curves), budget, target, total + elements, fixed + elements)
-
-
-def _count(sites: Iterable[Site], counted: set[str]) -> int:
-    """Elements of the weights of these sites that were not counted yet."""
-    fresh = {s.weight: s.elements for s in sites if s.weight not in counted}
-    counted.update(fresh)
-    return sum(fresh.values())
-
-
-def _check_patterns(*patterns: str | None) -> None:
-    for pattern in patterns:
-        try:
-            re.compile(pattern or "")
-        except re.error as error:
-            raise UsageError(f"{pattern!r} is not a regular expression: {error}") from error
-
-
-def _curve(
-    group: Group,
-    weights: Weights,
-    statistics: StatisticsSource | None,
-    methods: Sequence[Factorization],
-    budget: Budget,
-    target: str,
-    supports: Supports,
-) -> Curve:
-    """All candidates of a group that are legal, or the reasons of all methods."""
-    found: list[Candidate] = []
-    reasons: list[str] = []
-    full = budget.rank == "full"
-    if group.keeper and not full:
-        return Curve(
-            group,
-            (),
-            f"{group.keeper} reads the weight too and keeps it in the file: factors would only add to it",
-        )
-    site = group.sites[0]
-    options = CandidateOptions(
-        ranks=(budget.rank,) if isinstance(budget.rank, int) else None,
-        multiple=_MULTIPLE if min(site.K, site.N) >= _SMALL else 1,
-        full=full,
-    )
-    dense = _dense(group, "")
-    for method in methods:
-        if method.name == "dense":
-            continue
-        if (refusal := method.serves(group)) is not None:
-            reasons.append(refusal.reason)
-        elif full and not method.exact_at_full_rank:
-            reasons.append(f"{method.name} is not exact at full rank")
-        elif method.needs_data and not full and not any(statistics and statistics.of(s) for s in group.sites):
-            reasons.append(f"{method.name} needs calibration data at this input")
-        else:
-            for candidate in method.candidates(group, weights, statistics, options):
-                reason = None if full else _costs(candidate, dense)
-                if reason is None and (no := supports(_decision(group, candidate, ""))) is not None:
-                    reason = no.reason
-                if reason is None:
-                    found.append(candidate)
-                elif reason not in reasons:
-                    reasons.append(reason)
-    found.sort(key=lambda c: (c.cost.parameters, c.error))
-    if not reasons and isinstance(budget.rank, int) and budget.rank > min(site.K, site.N):
-        reasons = [f"the weight has at most rank {min(site.K, site.N)}"]
-    return Curve(group, tuple(found), "" if found else "; ".join(reasons) or "no method serves it")
-
-
-def _costs(candidate: Candidate, dense: Decision) -> str | None:
-    """Why a candidate is not worth having: it must be smaller than what it replaces."""
-    if candidate.cost.parameters >= dense.parameters_before:
-        return f"rank {candidate.rank} would take as many parameters as the weight"
-    if candidate.cost.bytes >= dense.bytes_before:
-        return (
-            f"its factors would take more bytes than the weight does in its own type ({dense.bytes_before:,})"
-        )
-    return None
-
-
 def choose(problem: Problem) -> Plan:
     """The first plan for the problem's budget. Raises BudgetError when no plan keeps it."""
     budget = problem.budget
-    if budget.keep is not None:
-        return _keep(problem, budget.keep)
+    if budget.keep is not None or budget.size is not None or budget.flops is not None:
+        measure = measure_of(problem)
+        if measure.limit >= measure.sum_of(problem):
+            return dense_plan(problem, "the budget keeps everything")
+        return _within(problem, measure, measure.limit)
     if budget.energy is not None:
         energy = budget.energy
         return _assemble(problem, lambda curve: _by_energy(curve, energy))
     if budget.rank is not None:
         return _assemble(problem, _as_asked)
-    return _at_ratio(problem, 0.5)
+    return _at_share(problem, 0.5)
 
 
-def _as_asked(curve: Curve) -> tuple[Candidate, str] | None:
+def _within(problem: Problem, measure: Measure, limit: float, share: float | None = None) -> Plan:
+    """The least movement of the outputs for this much; one ratio for all where movements are not known."""
+    plan = _allocated(problem, measure, limit) if problem.predicts else _common_ratio(problem, measure, limit)
+    if plan is None:
+        raise _cannot(problem, measure)
+    return replace(plan, ratio=share)
+
+
+def _cannot(problem: Problem, measure: Measure) -> BudgetError:
+    asked = next(iter(problem.budget.bounds), str(problem.budget))
+    options = {c.group.name: _options(c, measure) for c in problem.open}
+    least = cheapest(options, covers_of([c.group for c in problem.open])).cost
+    reached = least + measure.whole - measure.sum_of(problem)
+    share = reached / measure.whole if measure.whole else 1.0
+    amount = f" ({Amount(math.ceil(reached))}{'B' if measure.words == 'bytes' else ''})"
+    return BudgetError(
+        f"{asked} cannot be met: the least that can be kept is {share:.3f} of the {measure.whole:,.0f} {measure.words}"
+        f"{amount if problem.budget.keep is None else ''}, {_rest(problem)} (lrcompile plan --why says why)"
+    )
+
+
+def _rest(problem: Problem) -> str:
+    """What no form makes smaller."""
+    fixed = f"{problem.fixed:,} parameters of which cannot be rewritten"
+    if problem.budget.keep is not None:
+        return fixed
+    return f"where only the {problem.total:,} eligible parameters can shrink{f', {fixed}' if problem.fixed else ''}"
+
+
+def _options(curve: Curve, measure: Measure) -> Options:
+    """Dense first, where the group is one that can stay as it is."""
+    movements = [c.movement or 0.0 for c in curve.candidates]
+    costs = [measure.of(curve.group, c) for c in curve.candidates]
+    if curve.group.shares_weight:
+        movements, costs = [0.0, *movements], [measure.of(curve.group, None), *costs]
+    return Options(np.array(movements), np.array(costs, np.float64))
+
+
+def _allocated(problem: Problem, measure: Measure, limit: float) -> Plan | None:
+    curves = {c.group.name: c for c in problem.open}
+    options = {name: _options(curve, measure) for name, curve in curves.items()}
+    found = allocate(options, covers_of([c.group for c in curves.values()]), limit)
+    if found is None:
+        return None
+    chosen: dict[str, Choice] = {}
+    for name, index in found.chosen.items():
+        curve = curves[name]
+        index -= curve.group.shares_weight
+        form = curve.candidates[index] if index >= 0 else None
+        chosen[name] = (
+            None if form is None else (form, f"predicted to move the outputs by {form.movement:.1e}")
+        )
+    covered = {s.name for n in chosen for s in curves[n].group.sites}
+    dense = "dense: no form is worth what it would move the outputs by"
+    decisions = [_made(curves[n].group, c, dense) for n, c in chosen.items()]
+    decisions += [
+        dense_of(c.group, c.reason or dense)
+        for c in problem.curves
+        if c.group.name not in chosen and not any(s.name in covered for s in c.group.sites)
+    ]
+    made = _plan(problem, decisions)
+    return replace(made, movement=found.movement)
+
+
+def _common_ratio(problem: Problem, measure: Measure, limit: float) -> Plan | None:
+    """The largest ratio for all that stays within the limit."""
+    curves = [c for c in problem.curves if c.candidates]
+
+    def spent(ratio: float) -> float:
+        return sum(measure.of(c.group, _at(c, ratio)) for c in curves)
+
+    low, high = 0.0, 1.0
+    if spent(low) > limit:
+        return None
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if spent(middle) <= limit else (low, middle)
+
+    def choose(curve: Curve) -> Choice:
+        candidate = _at(curve, low)
+        return None if candidate is None else (candidate, f"one ratio for all, {low:.3f}")
+
+    return _assemble(problem, choose)
+
+
+def _at_share(problem: Problem, share: float) -> Plan:
+    """The best plan that keeps at most this share of what the objective counts, or the smallest there is."""
+    measure = _objective(problem)
+    return _within(problem, measure, max(share * measure.sum_of(problem), _least(problem, measure)), share)
+
+
+def _least(problem: Problem, measure: Measure) -> float:
+    """The least that all that is open together can cost."""
+    options = {c.group.name: _options(c, measure) for c in problem.open}
+    return cheapest(options, covers_of([c.group for c in problem.open])).cost if options else 0.0
+
+
+def traced(problem: Problem, shares: Iterable[float]) -> Iterator[Plan]:
+    """The best plan for each of these shares of what is eligible and open; equal ones once. What is not predicted gives none."""
+    if not problem.predicts:
+        return
+    budget = problem.budget
+    bound = budget.size is not None or budget.flops is not None
+    measure = measure_of(problem) if bound else _objective(problem)
+    least, whole = _least(problem, measure), measure.sum_of(problem)
+    known: set[tuple[object, ...]] = set()
+    for share in shares:
+        plan = _within(problem, measure, max(share * whole, least))
+        if (forms := _forms(plan)) not in known:
+            known.add(forms)
+            yield plan
+
+
+def _objective(problem: Problem) -> Measure:
+    """What gets small under an error limit alone: FLOPs, or parameters: of one type bytes go with them."""
+    if problem.budget.objective == "flops":
+        asked = replace(problem.budget, keep=None, size=None, flops=Amount(1.0, relative=True))
+    else:
+        asked = replace(problem.budget, keep=1.0, size=None, flops=None)
+    return measure_of(replace(problem, budget=asked))
+
+
+def _as_asked(curve: Curve) -> Choice:
     """The best candidate of the one rank that there is."""
     best = min(curve.candidates, key=lambda c: (c.error, c.cost.parameters), default=None)
     return None if best is None else (best, "rank as asked")
@@ -216,7 +203,7 @@ def revise(problem: Problem, trials: Sequence[Trial]) -> Plan | None:
     high, low = min(passed, default=1.0), max(failed, default=0.0)
     known = {_forms(t.plan): t.evidence.verdict != "failed" for t in trials}
     while high - low > _RATIO_STEP:
-        following = _at_ratio(problem, (high + low) / 2)
+        following = _at_share(problem, (high + low) / 2)
         if (verdict := known.get(_forms(following))) is None:
             return following
         low, high = (
@@ -234,41 +221,7 @@ def dense_plan(problem: Problem, reason: str) -> Plan:
     """Everything as it is."""
     made = _assemble(problem, lambda curve: None)
     decisions = tuple(replace(d, reason=reason) if d.reason == "dense" else d for d in made.decisions)
-    return replace(made, decisions=decisions, ratio=1.0)
-
-
-def _keep(problem: Problem, keep: float) -> Plan:
-    """The largest common ratio whose parameters stay within the budget."""
-    if keep >= 1.0:
-        return dense_plan(problem, "the budget keeps everything")
-    limit = keep * problem.total
-
-    def size(ratio: float) -> int:
-        return problem.fixed + sum(
-            _parameters(_at(c, ratio), c.group) for c in problem.curves if c.candidates
-        )
-
-    low, high = 0.0, 1.0
-    if size(low) > limit:
-        best = size(low) / problem.total if problem.total else 1.0
-        raise BudgetError(
-            f"--keep {keep:g} cannot be met: the least that can be kept is {best:.3f} of the {problem.total:,} eligible "
-            f"parameters, {problem.fixed:,} of which cannot be rewritten (lrcompile plan --why says why)"
-        )
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (middle, high) if size(middle) <= limit else (low, middle)
-    return replace(_at_ratio(problem, low), ratio=None)
-
-
-def _at_ratio(problem: Problem, ratio: float) -> Plan:
-    """Every group's best candidate of at most `ratio` of its parameters."""
-
-    def choose(curve: Curve) -> tuple[Candidate, str] | None:
-        candidate = _at(curve, ratio)
-        return None if candidate is None else (candidate, f"one ratio for all, {ratio:.3f}")
-
-    return replace(_assemble(problem, choose), ratio=ratio)
+    return replace(made, decisions=decisions, ratio=1.0, movement=0.0 if problem.predicts else None)
 
 
 def _at(curve: Curve, ratio: float) -> Candidate | None:
@@ -279,30 +232,33 @@ def _at(curve: Curve, ratio: float) -> Candidate | None:
     return min(within, key=lambda c: (c.error, c.cost.parameters)) if within else curve.candidates[0]
 
 
-def _parameters(candidate: Candidate | None, group: Group) -> int:
-    return candidate.cost.parameters if candidate is not None else group.elements
-
-
-def _by_energy(curve: Curve, energy: float) -> tuple[Candidate, str] | None:
+def _by_energy(curve: Curve, energy: float) -> Choice:
     for candidate in curve.candidates:
         if candidate.error**2 <= 1.0 - energy:
             return candidate, f"smallest rank that holds {energy:g} of the energy"
     return None
 
 
-def _assemble(problem: Problem, choose: Callable[[Curve], tuple[Candidate, str] | None]) -> Plan:
-    decisions = []
-    for curve in problem.curves:
-        chosen = choose(curve)
-        if chosen is None:
-            decisions.append(_dense(curve.group, curve.reason or _no_room(problem.budget)))
-        else:
-            candidate, reason = chosen
-            decisions.append(
-                _decision(curve.group, candidate, f"{reason}; {candidate.note}" if candidate.note else reason)
-            )
-    decisions += [_refused(s) for s in problem.finding.sites if s.refusal is not None]
-    return Plan(problem.target, tuple(decisions), eligible=problem.total)
+def _assemble(problem: Problem, choose: Callable[[Curve], Choice]) -> Plan:
+    """Every unit by itself."""
+    return _plan(
+        problem, [_made(c.group, choose(c), c.reason or _no_room(problem.budget)) for c in problem.curves]
+    )
+
+
+def _made(group: Group, choice: Choice, dense: str) -> Decision:
+    if choice is None:
+        return dense_of(group, dense)
+    candidate, reason = choice
+    return decision_of(group, candidate, f"{reason}; {candidate.note}" if candidate.note else reason)
+
+
+def _plan(problem: Problem, decisions: Iterable[Decision]) -> Plan:
+    """The decisions in the order of the model's sites."""
+    refused = [refused_of(s) for s in problem.finding.sites if s.refusal is not None]
+    place = {s.name: i for i, s in enumerate(problem.finding.sites)}
+    ordered = sorted(decisions, key=lambda d: place[d.sites[0]])
+    return Plan(problem.target, (*ordered, *refused), eligible=problem.total)
 
 
 def _no_room(budget: Budget) -> str:
@@ -311,38 +267,6 @@ def _no_room(budget: Budget) -> str:
         if budget.energy is not None
         else "dense"
     )
-
-
-def _decision(group: Group, candidate: Candidate, reason: str) -> Decision:
-    return replace(
-        _dense(group, reason),
-        method=candidate.method,
-        rank=candidate.rank,
-        storage=candidate.storage,
-        claimed_error=candidate.error,
-        bound=candidate.bound,
-        parameters_after=candidate.cost.parameters,
-        bytes_after=candidate.cost.bytes,
-        flops_after=candidate.cost.flops,
-        structure=candidate.structure,
-    )
-
-
-def _dense(group: Group, reason: str) -> Decision:
-    size, flops = stored_bytes(group), sum(dense_flops(s) for s in group.sites)
-    return Decision(
-        group=group.name, sites=tuple(s.name for s in group.sites), method="dense", rank=None, storage=None, claimed_error=None,
-        bound=True, parameters_before=group.elements, parameters_after=group.elements, bytes_before=size, bytes_after=size,
-        flops_before=flops, flops_after=flops, reason=reason,
-    )  # fmt: skip
-
-
-def _refused(site: Site) -> Decision:
-    return Decision(
-        group=site.name, sites=(site.name,), method="dense", rank=None, storage=None, claimed_error=None, bound=True,
-        parameters_before=site.elements, parameters_after=site.elements, bytes_before=0, bytes_after=0, flops_before=0,
-        flops_after=0, reason=site.refusal or "",
-    )  # fmt: skip
 
 
 def check_plan(
@@ -420,8 +344,10 @@ def _priced(
                 f"the plan asks for {method.name!r} at {group.name!r}, which needs calibration data there: give --data"
             )
         for candidate in method.candidates(group, weights, statistics, options):
+            if decision.permutes == "out" and candidate.index_bytes:
+                candidate = folded(candidate)
             if (candidate.rank, candidate.structure, candidate.storage) == form:
-                return _decision(group, candidate, decision.reason)
+                return decision_of(group, candidate, decision.reason)
     raise UsageError(
         f"the plan asks for {method.name!r} at {group.name!r} in a form that it does not have: {form}"
     )

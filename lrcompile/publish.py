@@ -14,15 +14,14 @@ import yaml
 from polygraphy.comparator import RunResults
 from polygraphy.json import to_json
 
-from lrcompile.cost import bytes_of, dense_flops, parameters_of
+from lrcompile.cost import bytes_of, dense_flops, parameters_of, rows_of
 from lrcompile.errors import ModelError
 from lrcompile.factors import FactorSet
 from lrcompile.feeds import Feed
-from lrcompile.graph import shapes_of
 from lrcompile.interfaces import Array
 from lrcompile.lean import without_torch
 from lrcompile.options import Options
-from lrcompile.records import Evidence, Finding, Plan, Result, SiteReport, Source, Totals
+from lrcompile.records import Amount, Evidence, Finding, Plan, Result, SiteReport, Source, Totals, Tradeoff
 from lrcompile.store import MANIFEST, copy_file, fingerprints, new_folder, save_model, write_json, write_text
 
 if TYPE_CHECKING:
@@ -51,6 +50,7 @@ class Package:
     """What is published: the chosen plan, the model file and what is known of it.
 
     model: the lowered model; None when the original is published as it is. neutral: with its functions, when they are kept.
+    tradeoff: what else was tried, for the report.
     """
 
     source: Source
@@ -62,6 +62,7 @@ class Package:
     evidence: Evidence
     options: Options
     notes: tuple[str, ...]
+    tradeoff: Tradeoff | None = None
 
 
 def save_lowered(model: ir.Model | None, source: Source, folder: Path, external: bool | None = None) -> Path:
@@ -120,7 +121,10 @@ def _for_readers(package: Package, document: Mapping[str, Any]) -> dict[str, Any
     saved = sum(d.parameters_before - d.parameters_after for d in package.plan.rewritten)
     eligible = package.plan.eligible
     counted = {} if eligible is None else {"eligible_before": eligible, "eligible_after": eligible - saved}
-    return {**document, "totals": {**document["totals"], **counted}, "config": configuration(package.options)}
+    curve = package.tradeoff  # what is only predicted is left out: it hangs on --pareto, which config.yaml does not name
+    tried = {"tradeoff": {**_plain(curve.to_json()), "predicted": []}} if curve is not None else {}
+    totals = {**document["totals"], **counted}
+    return {**document, "totals": totals, "config": configuration(package.options), **tried}
 
 
 def small_enough(feeds: Iterable[Feed]) -> list[Feed]:
@@ -159,11 +163,21 @@ def configuration(options: Options) -> dict[str, Any]:
     """What reproduces this run, without paths: data is named by its hash in the manifest's evidence."""
     b = options.budget
     document = {
-        "target": options.target, "methods": list(options.methods), "keep": b.keep, "energy": b.energy, "rank": b.rank,
+        "target": options.target, "methods": list(options.methods), "keep": b.keep, "size": _amount(b.size), "flops": _amount(b.flops),
+        "energy": b.energy, "rank": b.rank,
         "max_error": ",".join(map(str, b.max_error)) or None, "objective": b.objective, "include": options.include,
-        "exclude": options.exclude, "batch": options.batch, "dims": dict(options.dims), "seed": options.seed, "threads": options.threads,
+        "exclude": options.exclude, "batch": options.batch, "dims": dict(options.dims), "seed": options.seed,
+        "refit": options.refit, "gradients": options.gradients, "threads": options.threads,
     }  # fmt: skip
     return {k: v for k, v in document.items() if v is not None}
+
+
+def _amount(given: Amount | None) -> str | float | None:
+    """As a configuration says it, exactly."""
+    if given is None:
+        return None
+    value = int(given.value) if given.value == int(given.value) else given.value
+    return f"{value!r}x" if given.relative else value
 
 
 def site_reports(finding: Finding, plan: Plan, sets: Sequence[FactorSet]) -> tuple[SiteReport, ...]:
@@ -207,7 +221,7 @@ def _stored(sets: Sequence[FactorSet], group: str) -> str | None:
 def totals_of(package: Package, first: Feed) -> Totals:
     before = package.source.model
     after = package.model if package.model is not None else before
-    rows = _rows(package, first)
+    rows = rows_of(before, package.finding, first)
     flops = sum(rows[s.name] * dense_flops(s) for s in package.finding.sites if s.refusal is None)
     saved = 0
     for decision in package.plan.rewritten:
@@ -218,21 +232,11 @@ def totals_of(package: Package, first: Feed) -> Totals:
     )
 
 
-def _rows(package: Package, first: Feed) -> dict[str, int]:
-    """Rows of x that each site multiplies at the first feed; one where shapes depend on values."""
-    shapes = shapes_of(package.source.model, {n: np.shape(a) for n, a in first.items()})
-    rows = {}
-    for site in package.finding.sites:
-        if site.refusal is None:
-            shape = shapes.get(site.data)
-            size = math.prod(shape.numpy()) if shape is not None and shape.is_static() else site.K
-            rows[site.name] = size if site.kind == "lookup" else max(size // max(site.K, 1), 0)
-    return rows
-
-
 def result_of(package: Package, document: Mapping[str, Any], out: Path) -> Result:
     """What the Python API gives back."""
-    return Result(out, package.plan, package.evidence, Totals(**document["totals"]), document)
+    return Result(
+        out, package.plan, package.evidence, Totals(**document["totals"]), document, package.tradeoff
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -278,8 +278,26 @@ class Finding:
         """The groups that partition the sites which can be taken."""
         return tuple(g for g in self.groups if g.shares_weight)
 
+    @property
+    def overlapping(self) -> tuple[Group, ...]:
+        """The groups of several weights, which are taken instead of their members."""
+        return tuple(g for g in self.groups if not g.shares_weight)
+
 
 # --- calibrate ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reaction:
+    """How the model's outputs react to an error E (K, N) of a site's weight: they move by about tr(E^T C' E output).
+
+    C' (`InputStatistics.weighing`) is the second moment of the input, of which `share` is replaced by `input` (K, K), of trace one:
+    what the errors of a whole sequence, which add up, see of it. output: (N, N).
+    """
+
+    input: Array
+    output: Array
+    share: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -288,6 +306,8 @@ class InputStatistics:
 
     count: rows seen. second: (K, K) float64, mean of x x^T; mean: (K,) float64 (linear sites).
     frequencies: (V,) float64, the share of lookups that asked for each row (lookup sites).
+    cross, dense_mean: of live statistics, where x is what the compressed part gives and z the dense model's input, (K, K), mean of
+    x z^T, shrunk as `second` is, and (K,), mean of z. reaction: of the model's outputs, None where that is not known.
     shrinkage: a in [0, 1]; second is (1 - a) times what was measured plus a times its mean eigenvalue on the diagonal,
     and frequencies likewise lean towards 1 / V, so that few samples make no direction free.
     """
@@ -297,6 +317,18 @@ class InputStatistics:
     mean: Array | None = None
     frequencies: Array | None = None
     shrinkage: float = 0.0
+    cross: Array | None = None
+    dense_mean: Array | None = None
+    reaction: Reaction | None = None
+
+    def weighing(self, centred: bool) -> Array:
+        """(K, K): by which an error of the weight is weighed on its input side, as the outputs would."""
+        assert self.second is not None
+        moment = self.centred if centred else self.second
+        if self.reaction is None or not self.reaction.share:
+            return moment
+        share, spread = self.reaction.share, float(moment.trace())
+        return (1.0 - share) * moment + share * spread * self.reaction.input
 
     @property
     def centred(self) -> Array:
@@ -321,7 +353,9 @@ class Cost:
 class Candidate:
     """One way to store a group: the factorization, its rank or structure, its cost and its error.
 
-    error: relative, as `docs` define it; bound says whether it is an upper bound or an estimate.
+    error: relative, as `docs` define it; bound says whether it is an upper bound or an estimate. movement: how far it is predicted
+    to move the model's outputs (relative squared; KL for logits), None where nothing is known of that. index_bytes: of its cost,
+    what an index of permuted outputs takes, and does not take where neighbours absorb the permutation; permutes: whether they do.
     """
 
     method: str
@@ -332,11 +366,14 @@ class Candidate:
     structure: tuple[tuple[str, int | str], ...] = ()
     storage: str | None = None
     note: str = ""
+    movement: float | None = None
+    index_bytes: int = 0
+    permutes: Literal["in", "out"] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What is done with a group, and why."""
+    """What is done with a group, and why. movement: as the candidate's."""
 
     group: str
     sites: tuple[str, ...]
@@ -354,6 +391,7 @@ class Decision:
     reason: str
     structure: tuple[tuple[str, int | str], ...] = ()
     permutes: Literal["in", "out"] | None = None
+    movement: float | None = None
 
     @property
     def rewrites(self) -> bool:
@@ -361,10 +399,31 @@ class Decision:
 
 
 @dataclass(frozen=True, slots=True)
+class Amount:
+    """A size in bytes, a number of FLOPs, or (relative, ``0.5x``) a share of the original's."""
+
+    value: float
+    relative: bool = False
+
+    def of(self, whole: float) -> float:
+        return self.value * whole if self.relative else self.value
+
+    def __str__(self) -> str:
+        if self.relative:
+            return f"{self.value:g}x"
+        for unit, size in (("G", 1e9), ("M", 1e6), ("K", 1e3)):
+            if self.value >= size:
+                return f"{self.value / size:.10g}{unit}"
+        return f"{self.value:g}"
+
+
+@dataclass(frozen=True, slots=True)
 class Budget:
-    """What the user asked for. Exactly one of keep, energy, rank binds; max_error judges (or steers when alone)."""
+    """What the user asked for. At most one of keep, size, flops, energy, rank binds; max_error judges (or steers when alone)."""
 
     keep: float | None = None
+    size: Amount | None = None
+    flops: Amount | None = None
     energy: float | None = None
     rank: int | Literal["full"] | None = None
     max_error: tuple[Limit, ...] = ()
@@ -373,12 +432,24 @@ class Budget:
     @property
     def bounds_size(self) -> bool:
         """Whether something other than the error limit binds."""
-        return any(v is not None for v in (self.keep, self.energy, self.rank))
+        return any(v is not None for v in (self.keep, self.size, self.flops, self.energy, self.rank))
+
+    @property
+    def bounds(self) -> tuple[str, ...]:
+        """What binds, as it is written on the command line: ``--size 60MB``."""
+        names = ("keep", "size", "flops", "energy", "rank")
+        given = [(n, v) for n in names if (v := getattr(self, n)) is not None]
+        return tuple(
+            f"--{n} {v}{'B' if n == 'size' and not v.relative else ''}"
+            if isinstance(v, Amount)
+            else f"--{n} {v}"
+            for n, v in given
+        )
 
     def __str__(self) -> str:
-        parts = [f"{n} {v}" for n in ("keep", "energy", "rank") if (v := getattr(self, n)) is not None]
+        parts = list(self.bounds)
         if self.max_error:
-            parts.append("max-error " + ",".join(map(str, self.max_error)))
+            parts.append("--max-error " + ",".join(map(str, self.max_error)))
         return ", ".join(parts) or "none"
 
 
@@ -408,8 +479,13 @@ class Plan:
     target: str
     decisions: tuple[Decision, ...]
     notes: tuple[str, ...] = ()
-    ratio: float | None = None  # the common ratio that the search chose, when it searched
+    ratio: float | None = (
+        None  # the share of what the objective counts that a search allowed, when it searched
+    )
     eligible: int | None = None  # parameters that the budget counts
+    movement: float | None = (
+        None  # how far the outputs are predicted to move; relative squared, KL for logits
+    )
 
     def __iter__(self) -> Any:
         return iter(self.decisions)
@@ -417,6 +493,13 @@ class Plan:
     @property
     def rewritten(self) -> tuple[Decision, ...]:
         return tuple(d for d in self.decisions if d.rewrites)
+
+    @property
+    def kept(self) -> float:
+        """Parameters of all eligible weights, after over before, each weight counted once: what ``--keep`` bounds."""
+        if not self.eligible:
+            return 1.0
+        return 1.0 - sum(d.parameters_before - d.parameters_after for d in self.rewritten) / self.eligible
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -441,14 +524,19 @@ class Plan:
             tuple(document.get("notes", ())),
             document.get("ratio"),
             document.get("eligible"),
+            document.get("movement"),
         )
 
     def __str__(self) -> str:
-        lines = [f"{'site':44} {'method':10} {'rank':>6} {'kept':>7} {'error':>9}  reason"]
+        predicts = any(d.movement is not None for d in self.decisions)
+        head = f" {'moves':>9}" if predicts else ""
+        lines = [f"{'site':44} {'method':10} {'rank':>6} {'kept':>7} {'error':>9}{head}  reason"]
         for d in self.decisions:
             kept = d.parameters_after / d.parameters_before if d.parameters_before else 1.0
             error = "" if d.claimed_error is None else f"{d.claimed_error:9.2e}"
             rank = "" if d.rank is None else str(d.rank)
+            if predicts:
+                error = f"{error:>9} {'' if d.movement is None else f'{d.movement:.2e}':>9}"
             lines.append(f"{d.group[-44:]:44} {d.method:10} {rank:>6} {kept:7.3f} {error:>9}  {d.reason}")
         before = sum(d.parameters_before for d in self.decisions)
         after = sum(d.parameters_after for d in self.decisions)
@@ -456,7 +544,16 @@ class Plan:
             f"{len(self.rewritten)} of {len(self.decisions)} groups rewritten for {self.target}; "
             f"{after:,} of {before:,} parameters kept ({after / before if before else 1:.3f})"
         )
-        return "\n".join([*lines, *self.notes])
+        return "\n".join([*lines, *self.predicted, *self.notes])
+
+    @property
+    def predicted(self) -> tuple[str, ...]:
+        """A line about all movements together; none where they are not known."""
+        if self.movement is None:
+            return ()
+        return (
+            f"predicted to move the outputs by {self.movement:.1e} in all (relative squared; of logits KL), the sum of what each group does",
+        )
 
 
 # --- verify -------------------------------------------------------------------------------------------------------
@@ -499,6 +596,110 @@ class Evidence:
         return document
 
 
+# --- the trade-off of size and error ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TradeoffPoint:
+    """A plan: what it keeps, how far it was predicted to move the outputs, and, once it was compiled and verified, how far it did.
+
+    kept: parameters of the eligible weights after / before. bytes: of all constants; flops: 2 MAC of the sites at the first feed
+    (None: not counted). movement: predicted; moved: the same measured (relative squared, KL of logits; the mean over outputs).
+    cosine to max_abs: of the output where it is worst, None where there is no such figure. metric: original's and compiled's.
+    verdict: of the error limits; None: only predicted, nothing was measured. failures: what did not hold.
+    """
+
+    kept: float
+    parameters: int
+    bytes: int
+    flops: int | None = None
+    movement: float | None = None
+    moved: float | None = None
+    cosine: float | None = None
+    snr_db: float | None = None
+    kl: float | None = None
+    top1: float | None = None
+    relative_l2: float | None = None
+    max_abs: float | None = None
+    metric: tuple[float, float] | None = None
+    verdict: Literal["passed", "failed", "unchanged"] | None = None
+    failures: tuple[str, ...] = ()
+
+    def figure(self, limit: Limit) -> float | None:
+        """The measured figure that a limit is about; None: there is none, or nothing moved at all."""
+        if limit.name == "metric":
+            if self.metric is None:
+                return None
+            before, after = self.metric
+            return after / before if limit.relative and before else after
+        value: float | None = getattr(self, "snr_db" if limit.name == "snr" else limit.name)
+        return value
+
+    @property
+    def size(self) -> str:
+        """In words, as in ``0.620 of the eligible parameters, 54.1 MB``."""
+        return f"{self.kept:.3f} of the eligible parameters, {self.bytes / 1e6:,.{1 if self.bytes >= 1e6 else 4}f} MB"
+
+
+@dataclass(frozen=True, slots=True)
+class Tradeoff:
+    """The curve of size against error that a compile saw.
+
+    budget: what was asked for. points: every plan that was compiled and verified, in the order of the trials; predicted: plans
+    that were only planned, the smallest first. chosen: which of the points is published, None: none of them. searched: whether
+    the smallest plan that holds the error limits was looked for.
+    """
+
+    budget: Budget
+    points: tuple[TradeoffPoint, ...]
+    predicted: tuple[TradeoffPoint, ...] = ()
+    chosen: int | None = None
+    searched: bool = False
+
+    @property
+    def best(self) -> TradeoffPoint | None:
+        """What is published; where no plan held the limits, the one that came nearest to the first that it broke."""
+        if self.chosen is not None:
+            return self.points[self.chosen]
+        limit = next(iter(self.budget.max_error), Limit("cosine", 1.0))
+
+        def far(point: TradeoffPoint) -> float:
+            value = point.figure(limit)
+            if value is None or math.isnan(value):
+                return math.inf
+            return -value if limit.floor else value
+
+        return min(self.points, key=far, default=None)
+
+    @property
+    def outcome(self) -> str:
+        """How a search ended, or what a budget reached, in a sentence; empty where nothing was measured."""
+        best, asked = self.best, ",".join(map(str, self.budget.max_error))
+        if best is None:
+            return ""
+        if self.chosen is None:
+            return f"no smaller plan holds {asked}; the best reached, with {best.size}: {'; '.join(best.failures)}"
+        if not self.searched:
+            return f"{self.budget}: {best.size}"
+        if best.verdict == "unchanged":
+            return f"nothing smaller was found that holds {asked}: the model stays as it is"
+        counts_flops = self.budget.objective == "flops" and best.flops is not None
+        flops = f", {Amount(float(best.flops or 0))} FLOPs" if counts_flops else ""
+        return f"smallest that holds {asked}: {best.size}{flops}"
+
+    def to_json(self) -> dict[str, Any]:
+        """``points`` and ``predicted`` as lists of objects; what was not measured is null."""
+        return {
+            "budget": str(self.budget),
+            "limits": [dataclasses.asdict(limit) for limit in self.budget.max_error],
+            "points": [dataclasses.asdict(p) for p in self.points],
+            "chosen": self.chosen,
+            "searched": self.searched,
+            "outcome": self.outcome,
+            "predicted": [dataclasses.asdict(p) for p in self.predicted],
+        }
+
+
 # --- publish ------------------------------------------------------------------------------------------------------
 
 
@@ -533,13 +734,14 @@ class Totals:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What `lrcompile.compile` gives back: where the folder is, and what its manifest says."""
+    """What `lrcompile.compile` gives back: where the folder is, and what its manifest says; tradeoff: every plan it tried."""
 
     path: Path
     plan: Plan
     evidence: Evidence
     totals: Totals
     manifest: Mapping[str, Any] = field(repr=False)
+    tradeoff: Tradeoff | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
         t = self.totals

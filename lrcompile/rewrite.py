@@ -15,7 +15,17 @@ import numpy as np
 import onnx_ir as ir
 
 from lrcompile.factors import FactorSet, bias_in_place
-from lrcompile.graph import DOMAIN, Builder, Names, mark_constants, nodes, opset_of, reached_from, tensor_of
+from lrcompile.graph import (
+    DOMAIN,
+    Builder,
+    Names,
+    dims,
+    mark_constants,
+    nodes,
+    opset_of,
+    reached_from,
+    tensor_of,
+)
 from lrcompile.interfaces import Array, Call, Constant
 from lrcompile.records import Group, Site, Step
 
@@ -51,17 +61,57 @@ def rewrite(model: ir.Model, sets: Sequence[FactorSet]) -> ir.Model:
 
 def reconstructed(model: ir.Model, sets: Sequence[FactorSet]) -> ir.Model:
     """A copy of the model in which every changed constant is its reconstruction, rounded to its type: the oracle."""
-    copy, twins = _copy(model)
-    names = Names(copy)
-    for factors in sets:
-        changed = factors.method.reconstruct(factors.group, factors.load())
-        for site in factors.group.sites:
-            if (site.name, "weight") in changed:
-                _replace_weight(
-                    copy, site, twins[site.node], names, site.layout.shape, _reconstruction(factors, site)
-                )
-            _edit_bias(copy, site, twins, changed, names)
-    return copy
+    oracle = Reconstruction(model)
+    oracle.put(sets)
+    return oracle.model
+
+
+class Reconstruction:
+    """A copy of a model that takes reconstructed constants, group by group. model: the copy as it stands."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self.model, self._twins = _copy(model)
+        self._names = Names(self.model)
+
+    def put(self, sets: Sequence[FactorSet]) -> None:
+        for factors in sets:
+            changed = factors.method.reconstruct(factors.group, factors.load())
+            for site in factors.group.sites:
+                node = self._twins[site.node]
+                if (site.name, "weight") in changed:
+                    made = _reconstruction(factors, site)
+                    _replace_weight(self.model, site, node, self._names, site.layout.shape, made)
+                _edit_bias(self.model, site, self._twins, changed, self._names)
+
+    def free(self, site: Site, matrix: Callable[[], Array]) -> dict[str, ir.Value]:
+        """Give a site a weight (and a bias) that a caller may override, and keep its value as the default."""
+        node = self._twins[site.node]
+        _replace_weight(self.model, site, node, self._names, site.layout.shape, matrix)
+        weight = node.inputs[site.operand]
+        assert weight is not None
+        freed = {"weight": weight}
+        if site.bias is not None:
+            reader = self._twins[site.bias.node]
+            old = reader.inputs[site.bias.index]
+            tensor = tensor_of(old)
+            assert old is not None and tensor is not None
+            name = self._names.value(f"{site.name}/bias")
+            value = _initializer(self.model, name, tensor.dtype, dims(tensor), tensor.numpy)
+            reader.replace_input_with(site.bias.index, value)
+            freed["bias"] = value
+        return freed
+
+
+def as_operands(site: Site, changed: Mapping[Constant, Array]) -> dict[str, Array]:
+    """A site's changed weight and bias in the shapes and types in which its nodes read them."""
+    made: dict[str, Array] = {}
+    dtype = ir.DataType[site.dtype.upper()].numpy()
+    if (matrix := changed.get((site.name, "weight"))) is not None:
+        made["weight"] = site.operand_layout.apply(site.layout.invert(matrix)).astype(dtype)
+    if (bias := changed.get((site.name, "bias"))) is not None and site.bias is not None:
+        assert site.bias.value.dtype is not None
+        made["bias"] = bias_in_place(site, bias).astype(site.bias.value.dtype.numpy())
+    return made
 
 
 def jittered(

@@ -62,7 +62,8 @@ _SPOILED = "it computes with what a weight of NaN or Inf gave: factors would tur
 def find(model: ir.Model) -> Finding:
     """All sites of the model and their groups. Pure: the model is not changed (IR 3 constants are marked in `meta`)."""
     mark_constants(model)
-    ranks = {value: len(shape) for value, shape in shapes_of(model).items()}
+    shapes = shapes_of(model)
+    ranks = {value: len(shape) for value, shape in shapes.items()}
     finite: dict[int, bool] = {}
     sites: list[Site] = []
     used: set[str] = set()
@@ -88,7 +89,7 @@ def find(model: ir.Model) -> Finding:
             sites.append(replace(site, name=_unique(site.name, used)))
     spoiled = reached_from(model, [s.node for s in sites if s.refusal == _NOT_FINITE])
     sites = [replace(s, refusal=_SPOILED) if s.refusal is None and s.node in spoiled else s for s in sites]
-    return Finding(tuple(sites), groups_of(sites))
+    return Finding(tuple(sites), groups_of(sites, shapes))
 
 
 def _site(node: ir.Node, operand: int, ranks: dict[ir.Value, int], path: str) -> tuple[Site, ir.Value] | None:

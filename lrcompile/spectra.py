@@ -9,12 +9,16 @@ eigenvectors of M M^T. Where every reader has a bias C is the covariance, and b'
 costs no rank. Weights that read one value stand side by side, W = [W1 W2 ..].
 A table W (V, D) is the same with one-hot x, so C is diagonal: how often each row is asked for. A tied head reads W^T: then the
 columns are weighted too, by the head's own second moment R R^T: V from R^T W^T C W R, A = W R V, B = V^T R^-1.
-Without statistics C = I. Sources: Eckart and Young 1936; Wang et al., SVD-LLM, 2024; Chen et al., DRONE, 2021; Yu and Wu, AFM, 2023.
+Where it is known how the model's outputs react, an error E counts as tr(E^T C' E G): then V comes from R^T W^T C' W R, G = R R^T,
+A = W R V, B = V^T R^-1, and the other eigenvalues are the predicted movement of the outputs (Kronecker-factored curvature).
+Without statistics C = I. Sources: Eckart and Young 1936; Wang et al., SVD-LLM, 2024; Chen et al., DRONE, 2021; Yu and Wu, AFM, 2023;
+Martens and Grosse, K-FAC, 2015; Gupta et al., Shampoo, 2018.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import scipy.linalg
@@ -25,30 +29,41 @@ from lrcompile.records import Group, InputStatistics
 # Eigenvalues of a second moment below this share of the largest are raised to it before a root is taken or inverted.
 _FLOOR = 1e-10
 _FLOOR_INVERTED = 1e-6
+# Of the mean eigenvalue of the weighing: what few sequences do not show of it is not free.
+_RIDGE_INPUT = 1e-3
 _TINY = np.finfo(np.float64).tiny
 
 
 def spectrum(group: Group, weights: Weights, statistics: StatisticsSource | None) -> Factors:
-    """basis (N, n) with orthonormal columns, energy (n,), falling, n = min(K, N), and the total (1,) that errors are relative to."""
+    """right, rows (N, n): A = W right_r and B = rows_r^T for every rank r up to n = min(K, N).
+
+    errors (n + 1,): relative, of what the group computes, at rank 0, 1, .., n. movements (n + 1,): of the model's outputs, where known.
+    """
     W = matrix(group, weights)
     known = _known(group, statistics)
     centred = centres(group, statistics)
-    C = known.centred if centred and known is not None else _left_moment(group, statistics)
-    R = _right_root(group, statistics)
-    found = _decompose(W if R is None else W @ R[0], C)
-    total = float(found["energy"].sum())
+    reacts = _reactions(group, statistics, centred)
+    if reacts is not None:
+        C, R = reacts
+        right, rows, energy = _two_sided(W, C, R)
+        assert known is not None and known.second is not None
+        return {
+            "right": right,
+            "rows": rows,
+            "errors": _errors(W, right, rows, known.centred if centred else known.second, known.second),
+            "movements": _tails(energy),
+        }
+    moment = known.centred if centred and known is not None else _left_moment(group, statistics)
+    tied = _right_root(group, statistics)
+    found = _decompose(W if tied is None else W @ tied[0], moment)
+    V, energy = found["basis"], found["energy"]
+    total = float(energy.sum())
     if centred and known is not None and known.second is not None:
         total = float(
             np.vdot(W, known.second @ W)
         )  # the mean costs no rank, but is part of what the product is
-    return {**found, "total": np.array([total])}
-
-
-def errors(found: Factors) -> Array:
-    """(n + 1,): the relative error at rank 0, 1, .., n."""
-    tails = np.concatenate([np.cumsum(found["energy"][::-1])[::-1], [0.0]])
-    relative: Array = np.sqrt(tails / max(float(found["total"][0]), _TINY))
-    return relative
+    right, rows = (V, V) if tied is None else (tied[0] @ V, tied[1].T @ V)
+    return {"right": right, "rows": rows, "errors": np.sqrt(_tails(energy) / max(total, _TINY))}
 
 
 def low_rank(
@@ -56,13 +71,7 @@ def low_rank(
 ) -> Factors:
     """a (K, r), b (r, N), and bias.i (N_i,) of each site whose bias absorbs the mean of what is left out."""
     W = matrix(group, weights)
-    V = found["basis"][:, :rank]
-    R = _right_root(group, statistics)
-    if R is None:
-        a, b = W @ V, V.T
-    else:
-        root, inverse = R
-        a, b = W @ (root @ V), V.T @ inverse
+    a, b = W @ found["right"][:, :rank], found["rows"][:, :rank].T
     if not centres(group, statistics):
         return {"a": a, "b": b}
     known = _known(group, statistics)
@@ -74,6 +83,51 @@ def low_rank(
         assert bias is not None
         biases[f"bias.{i}"] = bias + moved[columns]
     return {"a": a, "b": b, **biases}
+
+
+def _tails(energy: Array) -> Array:
+    """What is lost at rank 0, 1, .., n."""
+    tails: Array = np.concatenate([np.cumsum(energy[::-1])[::-1], [0.0]])
+    return tails
+
+
+def _reactions(
+    group: Group, statistics: StatisticsSource | None, centred: bool
+) -> tuple[Array, list[Array]] | None:
+    """The weighing of the input (K, K), and of each site's output (N_i, N_i); None unless all of them are known."""
+    if statistics is None or group.kind in ("shared", "tied"):
+        return None
+    found = [statistics.of(s) for s in group.sites]
+    known = [s for s in found if s is not None and s.reaction is not None and s.second is not None]
+    if len(known) < len(found):
+        return None
+    weighing: Array = np.mean([s.weighing(centred) for s in known], axis=0)
+    return weighing, [s.reaction.output for s in known if s.reaction is not None]
+
+
+def _two_sided(W: Array, C: Array, outputs: Sequence[Array]) -> tuple[Array, Array, Array]:
+    """right, rows and energy of min tr(E^T C E G), G block-diagonal: from the decomposition of S^T W R, C = S S^T, G = R R^T."""
+    C = C.copy()
+    C[np.diag_indices(len(C))] += _RIDGE_INPUT * float(np.trace(C)) / len(C)
+    R = scipy.linalg.block_diag(*(scipy.linalg.cholesky(G, lower=True) for G in outputs))
+    found = _decompose(W @ R, C)
+    V = found["basis"]
+    rows = scipy.linalg.solve_triangular(R, V, lower=True, trans="T", check_finite=False)
+    return R @ V, rows, found["energy"]
+
+
+def _errors(W: Array, right: Array, rows: Array, lost: Array, total: Array) -> Array:
+    """Relative errors in the plain moments at every rank, of directions that were chosen by others.
+
+    W - A B is the sum over i > r of u_i rows_i^T, u = W right, so its squared norm is the sum of what (u^T C u) * (rows^T rows) holds
+    beyond r on both axes.
+    """
+    U = W @ right
+    P = (U.T @ lost @ U) * (rows.T @ rows)
+    beyond = np.diagonal(P[::-1, ::-1].cumsum(axis=0).cumsum(axis=1))[::-1]
+    whole = max(float(np.vdot(W, total @ W)), _TINY)
+    errors: Array = np.sqrt(np.maximum(np.concatenate([beyond, [0.0]]), 0.0) / whole)
+    return errors
 
 
 def matrix(group: Group, weights: Weights) -> Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from lrcompile.records import Decision, Evidence, Plan, Result, Totals
+from lrcompile.records import Decision, Evidence, Plan, Result, Totals, Tradeoff
 
 
 def columns(rows: Sequence[Sequence[str]], left: Iterable[int] = (0,)) -> list[str]:
@@ -29,10 +29,24 @@ def counted(reasons: Iterable[str]) -> list[str]:
 
 
 def plan_table(plan: Plan, why: bool = False) -> str:
-    """The groups that are rewritten, then the others: with why each by itself, else counted by reason."""
+    """The groups that are rewritten, then the others: with why each by itself, else counted by reason.
+
+    moves: how far each is predicted to move the outputs, where that is known.
+    """
     shown = plan.decisions if why else plan.rewritten
-    head = ["weight", "method", "rank", "parameters", "kept", "error", "reason"]
-    lines = columns([head, *map(_row, shown)], left=(0, 1, 6)) if shown else []
+    predicts = any(d.movement is not None for d in shown)
+    head = [
+        "weight",
+        "method",
+        "rank",
+        "parameters",
+        "kept",
+        "error",
+        *(["moves"] if predicts else []),
+        "reason",
+    ]
+    rows = [head, *(_row(d, predicts) for d in shown)]
+    lines = columns(rows, left=(0, 1, len(head) - 1)) if shown else []
     if not why and (rest := [d.reason for d in plan.decisions if not d.rewrites]):
         lines += ["left as they are:", *counted(rest)]
     before, after = (sum(getattr(d, f"parameters_{w}") for d in plan.decisions) for w in ("before", "after"))
@@ -40,10 +54,10 @@ def plan_table(plan: Plan, why: bool = False) -> str:
         f"{len(plan.rewritten)} of {len(plan.decisions)} weights rewritten for {plan.target}: "
         f"{before:,} -> {after:,} of their parameters ({_share(after, before)})"
     )
-    return "\n".join([*lines, *plan.notes])
+    return "\n".join([*lines, *plan.predicted, *plan.notes])
 
 
-def _row(d: Decision) -> list[str]:
+def _row(d: Decision, predicts: bool) -> list[str]:
     error = (
         ""
         if d.claimed_error is None
@@ -53,7 +67,12 @@ def _row(d: Decision) -> list[str]:
     )
     rank = "" if d.rank is None else str(d.rank)
     kept = f"{d.parameters_after / d.parameters_before:.3f}" if d.parameters_before else ""
-    return [d.group, d.method, rank, f"{d.parameters_before:,}", kept, error, d.reason]
+    moves = [_scientific(d.movement)] if predicts else []
+    return [d.group, d.method, rank, f"{d.parameters_before:,}", kept, error, *moves, d.reason]
+
+
+def _scientific(value: float | None) -> str:
+    return "" if value is None else f"{value:.1e}"
 
 
 def figures(evidence: Evidence) -> list[str]:
@@ -92,11 +111,40 @@ def totals_lines(totals: Totals) -> list[str]:
     ]
 
 
+def tradeoff_lines(curve: Tradeoff) -> list[str]:
+    """Every plan that was compiled and verified, the smallest first, and in words where the search ended."""
+    limits = curve.budget.max_error
+    names = [limit.name for limit in limits]
+    order = sorted(range(len(curve.points)), key=lambda i: (curve.points[i].kept, i))
+    rows = [["kept", "MB", "predicted", "moved by", *names, "verdict"]]
+    for i in order:
+        p = curve.points[i]
+        values = [(n, p.figure(limit)) for n, limit in zip(names, limits, strict=True)]
+        figures = [("inf" if n == "snr" else "-") if v is None else f"{v:.5g}" for n, v in values]
+        mark = " <" if i == curve.chosen else ""
+        size = f"{p.bytes / 1e6:,.{1 if p.bytes >= 1e6 else 4}f}"
+        rows.append(
+            [
+                f"{p.kept:.3f}",
+                size,
+                _scientific(p.movement),
+                _scientific(p.moved),
+                *figures,
+                f"{p.verdict}{mark}",
+            ]
+        )
+    head = "tried, compiled and verified (kept: of the eligible parameters; moved: relative squared, KL of logits):"
+    return [head, *columns(rows, left=(len(rows[0]) - 1,)), curve.outcome]
+
+
 def result_table(result: Result) -> str:
-    """The plan in short, the outputs' figures, the totals, the verdict."""
+    """The plan in short, the outputs' figures, the totals, the verdict; what else was tried, where an error limit was searched for."""
     e = result.evidence
     last = f"{e.verdict}: measured on {e.held_out} ({e.engine}); published in {result.path}"
-    return "\n".join([plan_table(result.plan), "", *figures(e), "", *totals_lines(result.totals), "", last])
+    curve = result.tradeoff
+    tried = ["", *tradeoff_lines(curve)] if curve is not None and curve.searched else []
+    totals = totals_lines(result.totals)
+    return "\n".join([plan_table(result.plan), "", *figures(e), "", *totals, "", last, *tried])
 
 
 def _share(after: int, before: int) -> str:

@@ -33,8 +33,7 @@ class ModelWeights:
     """The `interfaces.Weights` of one model. Each thread holds on to its last matrix only; hashes are kept."""
 
     def __init__(self, cache: Cache, opset: int) -> None:
-        self._cache = cache
-        self._opset = opset
+        self.cache, self.opset = cache, opset
         self._hashes: dict[int, str] = {}
         self._kept = threading.local()
         self._writing = threading.Lock()
@@ -43,7 +42,7 @@ class ModelWeights:
         last: tuple[str, Array] | None = getattr(self._kept, "last", None)
         if last is None or last[0] != site.name:
             self._kept.last = last = None  # gone before the next one is made
-            stored = evaluate(site.root, self._opset)
+            stored = evaluate(site.root, self.opset)
             matrix = np.ascontiguousarray(
                 site.layout.apply(stored), dtype=np.float64
             ).view()  # perhaps of the mapped file
@@ -61,14 +60,18 @@ class ModelWeights:
         return b * (site.bias.scale / site.wiring.scale) if site.wiring.scale else None
 
     def remember(self, key: tuple[str, ...], compute: Callable[[], Factors]) -> Factors:
-        if self._cache.has(key):
-            return self._cache.remember(key, compute)
+        if self.cache.has(key):
+            return self.cache.remember(key, compute)
         arrays = compute()
         with self._writing:  # a new scratch folder must not look like an abandoned one to another thread
-            return self._cache.remember(key, lambda: arrays)
+            return self.cache.remember(key, lambda: arrays)
 
     def low_rank_errors(self, group: Group, statistics: StatisticsSource | None) -> Array:
-        return spectra.errors(self._spectrum(group, statistics))
+        errors: Array = self._spectrum(group, statistics)["errors"]
+        return errors
+
+    def low_rank_movements(self, group: Group, statistics: StatisticsSource | None) -> Array | None:
+        return self._spectrum(group, statistics).get("movements")
 
     def low_rank(self, group: Group, statistics: StatisticsSource | None, rank: int) -> Factors:
         return spectra.low_rank(group, self, statistics, self._spectrum(group, statistics), rank)
@@ -77,11 +80,14 @@ class ModelWeights:
         """Kept between ranks, methods and runs."""
         seen = tuple(statistics.key(s) for s in group.sites) if statistics is not None else ()
         centred = str(spectra.centres(group, statistics))
-        key = ("spectrum-3", group.kind, *(self.key(s) for s in group.sites), centred, *seen)
+        key = ("spectrum-4", group.kind, *(self.key(s) for s in group.sites), centred, *seen)
         return self.remember(key, lambda: spectra.spectrum(group, self, statistics))
 
     def key(self, site: Site) -> str:
-        digest = hashlib.sha256(repr((self._identity(site.root), site.layout)).encode())
+        bias = None
+        if site.bias is not None and site.wiring is not None:
+            bias = (self._identity(site.bias.value), site.bias.scale, site.wiring.scale)
+        digest = hashlib.sha256(repr((self._identity(site.root), site.layout, bias)).encode())
         return digest.hexdigest()
 
     def itemsize(self, site: Site) -> int:

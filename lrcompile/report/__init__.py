@@ -1,7 +1,7 @@
 """Report: one HTML file that a person reads, made from the manifest alone.
 
 It needs no script, no network and no other file; equal manifests give equal bytes. `view` says what is worth saying, `pictures`
-draws, `report.html.j2` and `style.css` set it out, `text` writes numbers and strange names. Everything is escaped.
+and `curve` draw, `report.html.j2` and `style.css` set it out, `text` writes numbers and strange names. Everything is escaped.
 """
 
 from __future__ import annotations
@@ -11,17 +11,18 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from lrcompile.report.curve import tradeoff_file
 from lrcompile.report.text import breakable, clean, cosine, count, figure, percent, short
 from lrcompile.report.view import view
 
-__all__ = ["render"]
+__all__ = ["render", "tradeoff_file"]
 
 
 def render(document: Mapping[str, Any], notes: Sequence[str]) -> str:
     """The page for a manifest (`lrcompile.json`; its `files` are not read: the page is one of them).
 
     notes: sentences about this run which the manifest has no place for. Where the manifest holds a `config` (what `config.yaml`
-    says), the page also tells what was asked for and whether a limit was set.
+    says), the page also tells what was asked for and whether a limit was set; where it holds a `tradeoff`, what else was tried.
     """
     page = Environment(
         loader=PackageLoader("lrcompile.report", ""), autoescape=True, finalize=clean, undefined=StrictUndefined,

@@ -1,27 +1,17 @@
-"""The two pictures, as SVG that lies inside the page: drawn by matplotlib, coloured by the page (light, dark, paper).
-
-Names never reach matplotlib (it would parse a dollar as mathematics and warn about glyphs): it draws a mark, which is replaced by
-the escaped name. Text stays text, so the reader's own font, a search and a screen reader serve it. No clock, no random id.
-"""
+"""The two pictures of weights, as SVG that lies inside the page: drawn by matplotlib, coloured by the page (light, dark, paper)."""
 
 from __future__ import annotations
 
-import html
-import io
 import math
-import re
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 from markupsafe import Markup
 
+from lrcompile.report.canvas import ACCENT, INK, MUTED, REST, WARN, axes_of, defaults, svg_of
 from lrcompile.report.text import in_short, tail
 
-# Stand-ins that matplotlib writes and the page's style sheet gives a colour.
-_INK, _MUTED, _GRID, _ACCENT, _REST, _WARN = "#0a0a01", "#0a0a02", "#0a0a03", "#0a0a04", "#0a0a05", "#0a0a06"
-_COLOURS = {_INK: "ink", _MUTED: "muted", _GRID: "grid", _ACCENT: "accent", _REST: "rest", _WARN: "warn"}
 _NAMED, _MOST = 60, 400  # up to so many bars have a name; more than so many are taken together
 _NAME_COLUMNS = 46
 
@@ -51,10 +41,10 @@ class Bar:
 
 def errors_picture(points: Sequence[Point], title: str, description: str) -> Markup:
     """Claimed against measured error, the three worst with their numbers."""
-    with _defaults():
+    with defaults():
         from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
-        canvas, axes = _axes(5.6, 4.3, left=0.13, right=0.97, bottom=0.13, top=0.97)
+        canvas, axes = axes_of(5.6, 4.3, left=0.13, right=0.97, bottom=0.13, top=0.97)
         values = [v for p in points for v in (p.claimed, p.measured)]
         positive = [v for v in values if v > 0]
         wide = bool(positive) and max(positive) > 20 * min(positive)
@@ -64,10 +54,10 @@ def errors_picture(points: Sequence[Point], title: str, description: str) -> Mar
             axes.set_yscale("log")
         else:
             low, high = 0.0, 1.12 * max(positive, default=1.0)
-        axes.plot([low, high], [low, high], color=_MUTED, linewidth=0.8, linestyle=(0, (4, 3)), clip_on=False)
+        axes.plot([low, high], [low, high], color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), clip_on=False)
         for above, bound in ((False, True), (False, False), (True, True), (True, False)):
             some = [p for p in points if (p.above, p.bound) == (above, bound)]
-            colour = _WARN if above else _ACCENT
+            colour = WARN if above else ACCENT
             axes.plot(
                 [max(p.claimed, low) for p in some], [max(p.measured, low) for p in some], linestyle="none", marker="o",
                 markersize=4.5, markeredgewidth=1, markeredgecolor=colour, markerfacecolor=colour if bound else "none",
@@ -88,12 +78,12 @@ def errors_picture(points: Sequence[Point], title: str, description: str) -> Mar
             0.96,
             "above the line: worse than claimed",
             transform=axes.transAxes,
-            color=_MUTED,
+            color=MUTED,
             fontsize=8,
             va="top",
         )
         _label(axes, worst(points), low)
-        return _svg(canvas, "errors", title, description, {})
+        return svg_of(canvas, "errors", title, description, {})
 
 
 def worst(points: Sequence[Point], most: int = 3) -> list[Point]:
@@ -110,20 +100,20 @@ def _label(axes: Any, points: Sequence[Point], low: float) -> None:
         floor = at
         axes.annotate(
             f"#{p.number}", (x, y), (x + 6, at), xycoords="figure points", textcoords="figure points", ha="left", va="center",
-            fontsize=8, color=_INK,
+            fontsize=8, color=INK,
         )  # fmt: skip
 
 
 def kept_picture(bars: Sequence[Bar], title: str, description: str) -> Markup:
     """The share of parameters kept, a bar a weight in model order; names beside up to 60 bars."""
-    with _defaults():
+    with defaults():
         named = len(bars) <= _NAMED
         step = per_bar(len(bars))
         rows = _together(bars, step)
         pitch = 13.0 if named else max(1.8, min(7.0, 720 / len(rows)))
         height = pitch * len(rows) + 40
         left = 232 / 648 if named else 44 / 648
-        canvas, axes = _axes(
+        canvas, axes = axes_of(
             9.0,
             height / 72,
             left=left,
@@ -132,7 +122,7 @@ def kept_picture(bars: Sequence[Bar], title: str, description: str) -> Markup:
             top=1 - 32 / height,
         )
         limit = max(1.0, *(r.kept for r in rows))
-        for rewritten, colour in ((False, _REST), (True, _ACCENT)):
+        for rewritten, colour in ((False, REST), (True, ACCENT)):
             _bars(
                 axes,
                 [(i, r.kept) for i, r in enumerate(rows) if r.rewritten == rewritten],
@@ -140,7 +130,7 @@ def kept_picture(bars: Sequence[Bar], title: str, description: str) -> Markup:
                 0.72 if pitch > 4 else 0.86,
             )
         axes.set(xlim=(0, limit), ylim=(len(rows) - 0.4, -0.6), yticks=[])
-        axes.axvline(1.0, color=_MUTED, linewidth=0.8)
+        axes.axvline(1.0, color=MUTED, linewidth=0.8)
         axes.xaxis.tick_top()
         axes.xaxis.set_label_position("top")
         axes.set_xlabel("share of the weight's parameters that is kept", labelpad=4)
@@ -151,7 +141,7 @@ def kept_picture(bars: Sequence[Bar], title: str, description: str) -> Markup:
         for i, r in enumerate(rows) if named else ():
             marks[f"§{i}§"] = f"{r.number}  {tail(r.name, _NAME_COLUMNS - len(str(r.number)) - 2)}"
             axes.text(
-                -0.012, i, f"§{i}§", transform=side, ha="right", va="center_baseline", fontsize=8, color=_INK
+                -0.012, i, f"§{i}§", transform=side, ha="right", va="center_baseline", fontsize=8, color=INK
             )
             size = f"{in_short(r.before)} → {in_short(r.after)}" if r.rewritten else in_short(r.before)
             axes.text(
@@ -161,7 +151,7 @@ def kept_picture(bars: Sequence[Bar], title: str, description: str) -> Markup:
                 transform=side,
                 va="center_baseline",
                 fontsize=8,
-                color=_MUTED,
+                color=MUTED,
             )
         every = 25 * math.ceil(14 * step / (25 * pitch))
         for i, r in () if named else enumerate(rows):
@@ -174,9 +164,9 @@ def kept_picture(bars: Sequence[Bar], title: str, description: str) -> Markup:
                     ha="right",
                     va="center_baseline",
                     fontsize=8,
-                    color=_MUTED,
+                    color=MUTED,
                 )
-        return _svg(canvas, "kept", title, description, marks)
+        return svg_of(canvas, "kept", title, description, marks)
 
 
 def per_bar(sites: int) -> int:
@@ -209,60 +199,3 @@ def _bars(axes: Any, lengths: Sequence[tuple[int, float]], colour: str, thick: f
     if boxes:
         path = Path([corner for box in boxes for corner in box], codes)
         axes.add_patch(PathPatch(path, facecolor=colour, edgecolor="none", snap=False, clip_on=False))
-
-
-def _defaults() -> AbstractContextManager[None]:
-    """Matplotlib's own settings for as long as we draw, whatever the user's are; imported late, it takes half a second."""
-    import matplotlib as mpl
-
-    style = {
-        "svg.fonttype": "none", "svg.hashsalt": "lrcompile", "axes.edgecolor": _MUTED, "axes.labelcolor": _INK, "axes.labelsize": 9,
-        "xtick.labelsize": 8, "ytick.labelsize": 8, "xtick.labelcolor": _MUTED, "ytick.labelcolor": _MUTED, "xtick.major.size": 0,
-        "ytick.major.size": 0, "axes.spines.right": False, "axes.linewidth": 0.8, "axes.axisbelow": True, "axes.grid": True,
-        "grid.color": _GRID, "grid.linewidth": 0.6, "axes.unicode_minus": False,
-    }  # fmt: skip
-    known = {
-        k: v
-        for k, v in mpl.rcParamsDefault.items()
-        if not k.startswith(("backend", "toolbar", "interactive"))
-    }
-    context: AbstractContextManager[None] = mpl.rc_context({**known, **style})
-    return context
-
-
-def _axes(width: float, height: float, **margins: float) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    drawing = Figure(figsize=(width, height), dpi=72)
-    drawing.patch.set_visible(False)
-    axes = drawing.add_subplot()
-    axes.patch.set_visible(False)
-    drawing.subplots_adjust(**margins)
-    return FigureCanvasSVG(drawing), axes
-
-
-def _svg(canvas: Any, key: str, title: str, description: str, marks: dict[str, str]) -> Markup:
-    """The figure as an element of the page: its ids made its own, its colours left to the style sheet, its words filled in."""
-    target = io.BytesIO()
-    canvas.print_svg(target, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    text = target.getvalue().decode()
-    text = text[text.index("<svg") :]
-    box = re.search(r'viewBox="([^"]*)"', text)
-    assert box is not None
-    text = text[text.index(">") + 1 :]
-    text = re.sub(r"<style[^>]*>.*?</style>|<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r"; font-family: [^;\"]*", "", text).replace("xlink:href", "href")
-    text = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{key}-", text)
-    referenced = set(re.findall(r'(?:href="#|url\(#)([^")]*)', text))
-    text = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in referenced else "", text)
-    text = re.sub(r"\n\s*", "\n", text)
-    for stand_in, name in _COLOURS.items():
-        text = text.replace(stand_in, f"var(--{name})")
-    text = re.sub("§[0-9]+§", lambda found: html.escape(marks.get(found[0], "")), text)
-    width = float(box[1].split()[2]) * 4 / 3
-    head = (
-        f'<svg viewBox="{box[1]}" role="img" aria-labelledby="{key}-title {key}-desc" style="max-width:{width:.0f}px">'
-        f'<title id="{key}-title">{html.escape(title)}</title><desc id="{key}-desc">{html.escape(description)}</desc>'
-    )
-    return Markup(head + text)  # every name in it is escaped above

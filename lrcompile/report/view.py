@@ -9,6 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from lrcompile.report.caveats import Caveat, broken, caveats_of, rewrites
+from lrcompile.report.movement import Curve, Movements, curve_of, movements_of
 from lrcompile.report.pictures import Bar, Point, errors_picture, kept_picture, per_bar, worst
 from lrcompile.report.sizes import Family, Share, families_of, shares_of, totals_of
 from lrcompile.report.text import change, figure, in_bytes, percent, short
@@ -52,6 +53,8 @@ class View:
     left: tuple[Family, ...]
     more: tuple[int, int]
     pictures: tuple[Picture, ...]
+    movements: Movements | None
+    curve: Curve | None
     config: tuple[tuple[str, Any], ...]
     logits: bool
 
@@ -77,6 +80,8 @@ def view(document: Mapping[str, Any], notes: Sequence[str]) -> View:
         left=tuple(left[:_MOST_FAMILIES]),
         more=(max(0, len(rewritten) - _MOST_FAMILIES), max(0, len(left) - _MOST_FAMILIES)),
         pictures=tuple(_pictures(document)),
+        movements=movements_of(document),
+        curve=curve_of(document),
         config=tuple((k, v) for k, v in document.get("config", {}).items() if v not in (None, {}, [])),
         logits=any(
             o.get("kl") is not None or o.get("top1") is not None for o in evidence["outputs"].values()

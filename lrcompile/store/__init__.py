@@ -11,7 +11,7 @@ models.py     an ONNX model written weight by weight
 
 from __future__ import annotations
 
-from lrcompile.store.arrays import open_array, read_arrays, read_npz, write_arrays
+from lrcompile.store.arrays import load_array, open_array, read_arrays, read_npz, save_array, write_arrays
 from lrcompile.store.cache import Cache
 from lrcompile.store.files import (
     io_errors,
@@ -40,6 +40,7 @@ __all__ = [
     "default_cache",
     "fingerprints",
     "io_errors",
+    "load_array",
     "load_function",
     "map_file",
     "new_folder",
@@ -50,6 +51,7 @@ __all__ = [
     "read_npz",
     "read_text",
     "remove_folder",
+    "save_array",
     "save_model",
     "sha256",
     "staging",

@@ -109,3 +109,22 @@ def open_array(path: Path | str, shape: tuple[int, ...]) -> Array:
     path = Path(path)
     with io_errors(path, "write"):
         return np.memmap(path, np.float64, "r+" if path.exists() else "w+", shape=shape)
+
+
+def save_array(path: Path | str, array: Array) -> None:
+    """One array in a file of its own, for this run only: no hash, no fsync. Any type that NumPy or ml_dtypes has."""
+    flat = np.ascontiguousarray(array).reshape(np.shape(array))
+    with io_errors(path, "write"):
+        np.save(
+            path,
+            flat if flat.dtype.isbuiltin == 1 else flat.view(f"u{flat.dtype.itemsize}"),
+            allow_pickle=False,
+        )
+
+
+def load_array(path: Path | str, dtype: str) -> Array:
+    """What `save_array` wrote, mapped read-only. dtype: the name of its type."""
+    with io_errors(path, "read"):
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    typed: Array = array if array.dtype.name == dtype else array.view(np.dtype(dtype))
+    return typed

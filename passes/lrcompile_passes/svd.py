@@ -79,6 +79,7 @@ class Svd:
                 yield Candidate(self.name, full, cost(full), 0.0, bound=False, structure=_FULL)
             return
         errors = weights.low_rank_errors(group, self._seen(statistics))
+        movements = weights.low_rank_movements(group, self._seen(statistics))
         # the plain form bounds the error of the weight, not that of what the data makes of it
         bound = group.kind not in ("shared", "tied") and (self.needs_data or statistics is None)
         note = self._note(group, statistics)
@@ -89,9 +90,9 @@ class Svd:
         )
         for rank in ranks:
             if 1 <= rank <= full:
-                yield Candidate(
-                    self.name, rank, cost(rank), float(errors[rank]) + _CLAIM_SLACK, bound, note=note
-                )
+                error = float(errors[rank]) + _CLAIM_SLACK
+                movement = float(movements[rank]) if movements is not None else None
+                yield Candidate(self.name, rank, cost(rank), error, bound, note=note, movement=movement)
 
     def factorize(
         self,

@@ -25,14 +25,14 @@ from lrcompile.factorize import factorize
 from lrcompile.interfaces import Array, CandidateOptions, Factorization
 from lrcompile.loss import group_loss
 from lrcompile.lower import lower
-from lrcompile.records import Candidate, Decision, Group, InputStatistics, Plan, Site
+from lrcompile.records import Candidate, Decision, Group, InputStatistics, Plan, Reaction, Site
 from lrcompile.rewrite import reconstructed, rewrite
 from lrcompile.sites import find
 from lrcompile.store import Cache
 from lrcompile.weights import ModelWeights
 
 METHODS = sorted(registry.factorizations())
-KINDS = ("matmul", "bias", "gemm", "left", "gather", "shared", "tied")
+KINDS = ("matmul", "bias", "gemm", "left", "gather", "shared", "tied", "siblings", "ffn", "ffn bias")
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,24 @@ def model_of(kind: str, K: int, N: int, seed: int, rank: int) -> ir.Model:
     if kind == "tied":
         x.shape = ir.Shape(["batch", N])
         outputs.append(tape.op("MatMul", [x, tape.op("Transpose", [w], {"perm": [1, 0]})]))
+    more: list[ir.Value] = []
+    if kind == "siblings":  # weights that read one value
+        more = [ir.val(f"w{i}", const_value=ir.tensor(W[::s], name=f"w{i}")) for i, s in ((1, -1), (2, 1))]
+        outputs += [tape.op("MatMul", [x, v]) for v in (w, *more)]
+    if kind.startswith("ffn"):
+        back = rng.standard_normal((N, K)).astype(np.float32)
+        more = [ir.val("down", const_value=ir.tensor(back, name="down"))]
+        hidden = tape.op("MatMul", [x, w])
+        if kind == "ffn bias":
+            hidden = tape.op("Add", [hidden, c])
+        y = tape.op("MatMul", [tape.op("Relu", [hidden]), more[0]])
+        if kind == "ffn bias":
+            more.append(ir.val("d", const_value=ir.tensor(back[0], name="d")))
+            y = tape.op("Add", [y, more[1]])
+        outputs.append(y)
     for i, y in enumerate(outputs):
         y.name, y.dtype = f"y{i}", ir.DataType.FLOAT
-    used = [v for v in (w, c) if v.uses()]
+    used = [v for v in (w, c, *more) if v.uses()]
     graph = ir.Graph(inputs, outputs, nodes=tape.nodes, initializers=used, opset_imports={"": 18}, name="g")
     return ir.Model(graph, ir_version=9)
 
@@ -92,7 +107,11 @@ def statistics_of(sites: tuple[Site, ...], seed: int, samples: int) -> Statistic
             known[site.name] = InputStatistics(samples, frequencies=share)
         else:
             X = rng.standard_normal((samples, site.K)) * np.geomspace(3, 0.01, site.K) + 0.5
-            known[site.name] = InputStatistics(samples, X.T @ X / samples, X.mean(axis=0))
+            reaction = None
+            if seed % 2:  # known of every other model: how its outputs react
+                A, B = (rng.standard_normal((n, n)) for n in (site.K, site.N))
+                reaction = Reaction(A @ A.T / np.trace(A @ A.T), B @ B.T + np.eye(site.N), 0.3)
+            known[site.name] = InputStatistics(samples, X.T @ X / samples, X.mean(axis=0), reaction=reaction)
     return Statistics(known)
 
 
@@ -171,14 +190,15 @@ def test_claims_and_emission(
         plan = Plan("reference", (decision(group, candidate),))
         (factors,) = factorize(plan, {group.name: group}, weights, statistics, {name: method}, 0)
         arrays = factors.load()
-        stored = sum(a.size for n, a in arrays.items() if not n.startswith("bias"))
+        stored = sum(a.size for n, a in arrays.items() if not n.startswith("bias") and a.dtype.kind != "i")
         assert stored == candidate.cost.parameters
         if candidate.bound:
             assert factors.measured <= candidate.error + 1e-6
         measured = group_loss(group, weights, statistics, method.reconstruct(group, arrays))
         assert measured == pytest.approx(factors.measured, rel=1e-9, abs=1e-12)
         made = rewrite(model, (factors,))
-        assert {f.domain for f in made.functions.values()} == {"lrcompile"}
+        cut = any(role == "weight" for _, role in method.edits(group, arrays))
+        assert {f.domain for f in made.functions.values()} == (set() if cut else {"lrcompile"})
         lowered = lower(made, ())
         assert not lowered.functions
         feeds = feeds_of(model, K, seed)
@@ -200,11 +220,15 @@ def test_full_rank_is_exact(cache: Cache, name: str, kind: str, K: int, N: int, 
         if method.serves(group) is not None:
             continue
         weights = ModelWeights(cache, 18)
-        (candidate,) = method.candidates(group, weights, None, CandidateOptions(full=True))
-        changed = method.reconstruct(group, method.factorize(group, weights, None, candidate, 0))
-        for site in group.sites:
-            W = weights.matrix(site)
-            np.testing.assert_allclose(changed[site.name, "weight"], W, atol=1e-12 * np.abs(W).max(), rtol=0)
+        made = list(method.candidates(group, weights, None, CandidateOptions(full=True)))
+        assert len(made) == group.shares_weight  # --rank full takes every weight by itself
+        for candidate in made:
+            changed = method.reconstruct(group, method.factorize(group, weights, None, candidate, 0))
+            for site in group.sites:
+                W = weights.matrix(site)
+                np.testing.assert_allclose(
+                    changed[site.name, "weight"], W, atol=1e-12 * np.abs(W).max(), rtol=0
+                )
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -108,9 +109,15 @@ def test_every_command_has_help(run: Run, command: str) -> None:
 def test_every_option_has_a_flag(run: Run) -> None:
     text = run("compile", "--help").stdout
     names = {n for n in lrcompile.Options.__dataclass_fields__ if n not in ("budget", "dims")}
-    for name in names | {"keep", "energy", "rank", "max_error", "objective", "dim", "config"}:
+    budget = set(lrcompile.Budget.__dataclass_fields__)
+    for name in names | budget | {"dim", "config"}:
         assert f"--{name.replace('_', '-')}" in text, name
-    assert "eligible" in text  # --keep says what it counts
+    for words in (
+        "eligible",
+        "constants",
+        "FLOPs at the first feed",
+    ):  # --keep, --size and --flops say what they count
+        assert words in text
 
 
 def test_version(run: Run) -> None:
@@ -164,9 +171,12 @@ def test_inspect(run: Run, data: tuple[str, ...]) -> None:
 def test_plan(run: Run) -> None:
     words = ("plan", "model.onnx", "--data", "data.npz", "--keep", "0.7")
     document = said(run(*words, "--json"))
-    assert {d["method"] for d in document["decisions"]} == {"svd"}
+    methods = {d["method"] for d in document["decisions"]} - {"dense"}
+    assert methods and "svd-plain" not in methods  # with data nothing is cut without looking at it
     assert sum(d["parameters_after"] for d in document["decisions"]) <= 0.7 * 2 * 16 * 24
-    assert "2 of 2 weights rewritten" in run(*words).stdout
+    assert document["movement"] == pytest.approx(sum(d["movement"] or 0 for d in document["decisions"]))
+    text = run(*words).stdout
+    assert re.search("[12] of 2 weights rewritten", text) and "moves" in text.splitlines()[0]
 
 
 def test_plan_why_names_every_weight_and_its_reason(run: Run) -> None:
@@ -181,7 +191,7 @@ def test_compile(home: Path, run: Run) -> None:
     words = ("compile", "model.onnx", "-o", "again", "--force", "--data", "data.npz", "--keep", "0.7")
     text = run(*words).stdout
     assert (
-        "2 of 2 weights rewritten" in text
+        "of 2 weights rewritten" in text
         and "noise floor" in text
         and "passed" in text
         and "parameters  " in text
@@ -198,7 +208,7 @@ def test_verify(run: Run) -> None:
 def test_verify_with_the_original(run: Run) -> None:
     document = said(run("verify", "out", "--original", "model.onnx", "--data", "data.npz", "--json"))
     assert 0.9 < document["evidence"]["outputs"]["y"]["cosine"] < 1
-    assert any("2 sets of factors" in check for check in document["checks"])
+    assert any("sets of factors" in check for check in document["checks"])
 
 
 def test_bench(run: Run) -> None:
@@ -230,8 +240,87 @@ def test_the_default_budget_is_said_in_one_line(run: Run) -> None:
 # --- plans and configurations -------------------------------------------------------------------------------------
 
 
+def test_an_error_limit_ends_with_the_curve_that_was_seen(home: Path, run: Run) -> None:
+    words = (
+        "compile",
+        "model.onnx",
+        "-o",
+        "limited",
+        "--force",
+        "--data",
+        "data.npz",
+        "--max-error",
+        "cosine=0.99",
+    )
+    text = run(*words, "--pareto", "curve.json").stdout
+    last = text.splitlines()[-1]
+    found = re.fullmatch(
+        r"smallest that holds cosine=0\.99: (\d\.\d+) of the eligible parameters, [\d.]+ MB", last
+    )
+    assert found, last
+    curve = json.loads((home / "curve.json").read_text())
+    points, chosen = curve["points"], curve["points"][curve["chosen"]]
+    assert chosen["verdict"] == "passed" and chosen["cosine"] >= 0.99 and f"{chosen['kept']:.3f}" == found[1]
+    assert all(p["kept"] > chosen["kept"] for p in points if p["verdict"] == "passed" and p is not chosen)
+    assert {p["verdict"] for p in curve["predicted"]} == {None}
+    table = [line for line in text.splitlines() if line.split()[:1] == [found[1]]]
+    assert len(table) == 1 and table[0].endswith("passed <")
+    page = (home / "limited/report.html").read_text()
+    assert last in page and "what else was tried" in page
+    assert not [p for p in (home / "limited").iterdir() if "curve" in p.name]
+    # what --pareto asks for changes nothing that is published
+    published = {p.name: p.read_bytes() for p in (home / "limited").iterdir()}
+    run(*words)
+    assert published == {p.name: p.read_bytes() for p in (home / "limited").iterdir()}
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--size", "0.7x"), ("--size", "2.5KB"), ("--flops", "0.6x")])
+def test_budgets_are_kept(home: Path, run: Run, flag: str, value: str) -> None:
+    words = (
+        "compile",
+        "model.onnx",
+        "-o",
+        "kept",
+        "--force",
+        "--data",
+        "data.npz",
+        flag,
+        value,
+        "--pareto",
+        "k.svg",
+    )
+    totals = said(run(*words, "--json"))["totals"]
+    name = {"--size": "bytes", "--flops": "flops"}[flag]
+    before = totals[f"{name}_before"]
+    limit = {"0.7x": 0.7 * before, "2.5KB": 2500, "0.6x": 0.6 * before}[value]
+    assert 0.5 * limit < totals[f"{name}_after"] <= limit
+    assert (home / "k.svg").read_text().startswith("<svg xmlns=")
+    again = run(
+        "compile",
+        "model.onnx",
+        "-o",
+        "kept2",
+        "--force",
+        "--config",
+        "kept/config.yaml",
+        "--data",
+        "data.npz",
+    )
+    assert again.exit_code == 0
+    for file in ("lrcompile.json", "report.html"):
+        assert (home / "kept" / file).read_bytes() == (home / "kept2" / file).read_bytes()
+
+
+def test_a_limit_that_nothing_smaller_holds(run: Run) -> None:
+    words = ("compile", "model.onnx", "-o", "same", "--force", "--data", "data.npz", "--max-error", "snr=200")
+    text = run(*words).stdout
+    assert "\nunchanged: " in text
+    assert re.search("no smaller plan holds snr=200; the best reached, with 0.9.* MB: y: snr is ", text)
+
+
 def test_an_edited_plan_is_carried_out_twice_alike(home: Path, run: Run) -> None:
-    document = said(run("plan", "model.onnx", "--data", "data.npz", "--keep", "0.7", "--json"))
+    words = ("--data", "data.npz", "--keep", "0.45", "--methods", "svd", "--json")
+    document = said(run("plan", "model.onnx", *words))
     document["decisions"][0]["rank"] = 2
     (home / "edited.json").write_text(json.dumps(document))
     for out in ("one", "two"):
@@ -298,6 +387,16 @@ def test_the_published_configuration_makes_the_same_folder(home: Path, run: Run)
         ("plan model.onnx --data data.npz --keep 0.5 --memory lots", "--memory"),
         ("plan model.onnx --data data.npz --keep 0.5 --dim n", "NAME=NUMBER"),
         ("compile model.onnx -o out --data data.npz --keep 0.5", "--force"),
+        ("plan model.onnx --data data.npz --size lots", "--size is 'lots'; allowed: an amount such as 60MB"),
+        ("plan model.onnx --data data.npz --size 0.5", "such as 0.5x"),
+        ("plan model.onnx --data data.npz --flops 2x", "--flops 2x: give an amount such as 1.2G"),
+        ("plan model.onnx --data data.npz --size 1KB --flops 0.5x", "--size and --flops both bound"),
+        ("plan model.onnx --data data.npz --keep 0.5 --size 1KB", "--keep and --size both bound"),
+        ("plan model.onnx --data data.npz --objective disk", "size or flops"),
+        ("plan model.onnx --data data.npz --keep 0.5 --pareto x.pdf", ".json or .svg"),
+        ("plan model.onnx --data data.npz --keep 0.5 --pareto no/x.svg", "there is no folder no"),
+        ("plan model.onnx --data data.npz --rank 2 --pareto x.svg", "--rank 2 already decides every form"),
+        ("compile model.onnx -o out --force --data data.npz --keep 0.5 --pareto out/x.svg", "beside out"),
         ("verify nowhere", "nowhere"),
         ("bench out --original model.onnx --shape z:1x2", "'z'"),
         ("export nowhere -o x.onnx", "nowhere"),
@@ -320,6 +419,14 @@ def test_a_budget_that_cannot_be_met(run: Run) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "least"), [("--size", "100", "bytes (2"), ("--flops", "0.01x", "FLOPs (")]
+)
+def test_amounts_that_cannot_be_met(run: Run, flag: str, value: str, least: str) -> None:
+    said_ = failed(run("plan", "model.onnx", "--data", "data.npz", flag, value, "--json"), 1)
+    assert f"{flag} {value}" in said_ and "the least that can be kept is 0.0" in said_ and least in said_
+
+
 def test_outputs_that_moved_too_far(home: Path, run: Run) -> None:
     words = (
         "compile",
@@ -333,7 +440,11 @@ def test_outputs_that_moved_too_far(home: Path, run: Run) -> None:
         "--max-error",
         "cosine=0.99999",
     )
-    assert "cosine" in failed(run(*words, "--json"), 1)
+    last = failed(run(*words, "--json"), 1)
+    assert re.search(
+        r"cosine is 0\.\d+, cosine=0.99999 was asked for; that is the best reached within --keep 0\.3, which kept 0\.",
+        last,
+    )
     assert not (home / "far").exists()
 
 

@@ -42,13 +42,14 @@ def home(tmp_path_factory: pytest.TempPathFactory, child: Child) -> Path:
     constants = {"table": normal(40, 16), "a": normal(16, 24), "b": normal(24, 16)}
     onnx.save(proto(nodes, {"ids": (("n", "s"), np.int64)}, ["y"], constants), folder / "model.onnx")
     np.savez(folder / "data.npz", ids=np.random.default_rng(0).integers(0, 40, (32, 6)))
-    result = lrcompile.compile(folder / "model.onnx", folder / "out", options(folder, keep=0.7), child=child)
+    result = lrcompile.compile(folder / "model.onnx", folder / "out", options(folder, rank=6), child=child)
     assert len(result.plan.rewritten) == 2
     return folder
 
 
 def options(home: Path, **budget: Any) -> Options:
-    return Options(data=home / "data.npz", budget=Budget(**budget), cache=home / "cache")
+    """Pairs only: what is forged and counted below are their factors."""
+    return Options(data=home / "data.npz", methods=("svd",), budget=Budget(**budget), cache=home / "cache")
 
 
 @pytest.fixture
@@ -109,7 +110,8 @@ def drop_relu(graph: onnx.GraphProto) -> None:
 def test_inspect_without_data_uses_what_needs_none(home: Path, child: Child) -> None:
     found = lrcompile.inspect(home / "model.onnx", Options(cache=home / "cache"), child=child)
     assert found.data is None
-    assert {c.method: c.refusal is None for c in found.groups[0].curves} == {"svd": False, "svd-plain": True}
+    served = {c.method: c.refusal is None for c in found.groups[0].curves}
+    assert served == {"svd": False, "pivoted": False, "slicing": False, "svd-plain": True}
     assert "without data" in str(found)
     json.dumps(found.to_json(), allow_nan=False)
 

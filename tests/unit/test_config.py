@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from lrcompile.config import Config, options_from, parse_memory, published_options, read_plan
 from lrcompile.errors import UsageError
 from lrcompile.options import Options
 from lrcompile.publish import configuration
-from lrcompile.records import Budget, Decision, Limit, Plan
+from lrcompile.records import Amount, Budget, Decision, Limit, Plan
 
 
 def written(folder: Path, text: str) -> Path:
@@ -36,8 +39,6 @@ def test_what_is_published_can_be_read_back(tmp_path: Path) -> None:
     options = Options(
         methods=("svd", "dense"), budget=budget, include="a.*", batch=3, dims={"n": 4}, seed=7, threads=2
     )
-    import yaml
-
     file = written(tmp_path, yaml.safe_dump(configuration(options)))
     assert options_from({}, file) == options
 
@@ -86,7 +87,7 @@ def test_what_a_file_may_not_say(tmp_path: Path, text: str, words: str) -> None:
         ({"max_error": "snr"}, "--max-error"),
         ({"dim": ["n"]}, "--dim 'n': write NAME=NUMBER"),
         ({"threads": 0}, "--threads is 0"),
-        ({"objective": "latency"}, "this version minimises size only"),
+        ({"objective": "latency"}, "this version minimises size or flops"),
         ({"max_error": "metric=1.05x"}, "needs --metric"),
     ],
 )
@@ -106,6 +107,60 @@ def test_words_in_both_spellings() -> None:
 )
 def test_sizes_of_memory(text: str, size: int) -> None:
     assert parse_memory(text) == size
+
+
+@pytest.mark.parametrize(
+    ("text", "amount"),
+    [
+        ("60MB", Amount(60e6)), ("1.2GB", Amount(1.2e9)), ("500KB", Amount(5e5)), ("500 kb", Amount(5e5)), ("3MiB", Amount(3 * 2**20)),
+        ("0.5x", Amount(0.5, relative=True)), ("1e6", Amount(1e6)), (2_000_000, Amount(2e6)), ("1X", Amount(1.0, relative=True)),
+    ],
+)  # fmt: skip
+def test_amounts(text: object, amount: Amount) -> None:
+    assert options_from({"size": text}).budget == Budget(size=amount)
+    if "B" not in str(text).upper():
+        assert options_from({"flops": text}).budget == Budget(flops=amount)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "MB", "60MX", "-3MB", "0.5 of it", "x", "nan", "60GFLOPs", "0.5x0.5x", "1..2MB"]
+)
+def test_what_is_no_amount(text: str) -> None:
+    with pytest.raises(
+        UsageError, match=r"--size is '.*'; allowed: an amount such as 60MB .* 0\.5x, a share"
+    ):
+        options_from({"size": text})
+
+
+@pytest.mark.parametrize("text", ["0", "0.5", "0x", "1.5x", "1e999"])
+def test_amounts_that_make_no_sense(text: str) -> None:
+    with pytest.raises(UsageError, match=r"--flops .*: give an amount such as 1\.2G, or a share"):
+        options_from({"flops": text})
+
+
+@pytest.mark.parametrize("pair", list(itertools.combinations(("keep", "size", "flops", "energy", "rank"), 2)))
+def test_one_bound_at_a_time(tmp_path: Path, pair: tuple[str, str]) -> None:
+    """Both are named, on the command line and in a file; a flag takes the place of the file's."""
+    values = {"keep": 0.5, "size": "0.5x", "flops": "0.5x", "energy": 0.9, "rank": "2"}
+    first, second = pair
+    with pytest.raises(
+        UsageError, match=f"--{first} and --{second} both bound what is kept: give one of them"
+    ):
+        options_from({n: values[n] for n in pair})
+    file = written(tmp_path, f"{first}: {values[first]}\n")
+    assert getattr(options_from({second: values[second]}, file).budget, first) is None
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [Budget(size=Amount(1234567)), Budget(size=Amount(1 / 3, relative=True)), Budget(flops=Amount(2.5e9))],
+)
+def test_published_amounts_are_exact(tmp_path: Path, budget: Budget) -> None:
+    options = Options(budget=budget, refit=False, gradients=False, pareto=Path("elsewhere.svg"))
+    document = configuration(options)
+    assert "pareto" not in document  # never a path
+    file = written(tmp_path, yaml.safe_dump(document))
+    assert options_from({}, file) == replace(options, pareto=None)
 
 
 def test_a_limit_on_a_metric_that_is_not_given_again(tmp_path: Path) -> None:

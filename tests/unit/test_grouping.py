@@ -7,6 +7,8 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from lrcompile.graph import shapes_of
+from lrcompile.grouping import groups_of
 from lrcompile.records import Group
 from lrcompile.sites import find
 from tests.graphs import Array, model, node, normal
@@ -210,6 +212,7 @@ def test_attention(name: str) -> None:
     made = attention(**VARIANTS[name])
     assert groups(made, "qkv") == [("wq", "wk", "wv")]
     assert groups(made, "value_output") == [("wv", "wo")]
+    assert groups(made, "query_key") == [("wq", "wk")]
     assert groups(made, "up_down") == [] and groups(made, "gate_up") == []
     group = only(made, "value_output")
     assert not group.shares_weight and group.transposed == (False, False)
@@ -220,6 +223,55 @@ def test_attention(name: str) -> None:
         1,
         1,
     ]  # overlapping groups do not take sites away
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_what_can_be_cut(name: str) -> None:
+    """A cache is what the caller gives: its size stays. See test_widths for all that is passed and refused."""
+    made = attention(**VARIANTS[name])
+    found = {g.kind: g for g in groups_of(find(made).sites, shapes_of(made))}
+    repeat = VARIANTS[name].get("repeat", 1)
+    for kind in ("value_output", "query_key"):
+        group = found[kind]
+        if VARIANTS[name].get("cache"):
+            assert group.width is None and "joins a cache of keys or values" in group.refusal
+        else:
+            assert group.width is not None and group.refusal == ""
+            assert (group.width.size, group.width.heads, group.width.repeat) == (D, H // repeat, repeat)
+
+
+def test_queries_and_keys_meet_in_scores() -> None:
+    """One group for each product of two projections; which is the query is told by the softmax, or else by the order."""
+
+    def scores(*nodes: onnx.NodeProto) -> ir.Model:
+        constants = {"wq": normal(WIDTH, WIDTH), "wk": normal(WIDTH, WIDTH, seed=1)}
+        return model([matmul("x", "wq", "q"), matmul("x", "wk", "k"), *nodes], X, ["p"], constants)
+
+    turned = node("Transpose", ["k"], ["t"], perm=[0, 2, 1])
+    product = node("MatMul", ["q", "t"], ["s"])
+    assert groups(scores(turned, product, node("Softmax", ["s"], ["p"])), "query_key") == [("wq", "wk")]
+    rows = [node("Transpose", ["q"], ["t"], perm=[0, 2, 1]), node("MatMul", ["k", "t"], ["s"])]
+    assert groups(scores(*rows, node("Softmax", ["s"], ["p"], axis=-2)), "query_key") == [("wq", "wk")]
+    # without a softmax over the keys a shift of all scores would be seen
+    (bare,) = [
+        g for g in find(scores(turned, product, node("Relu", ["s"], ["p"]))).groups if g.kind == "query_key"
+    ]
+    assert bare.width is None and bare.refusal.startswith("Relu 'p' reads the scores")
+    (wrong,) = [
+        g
+        for g in find(scores(turned, product, node("Softmax", ["s"], ["p"], axis=0))).groups
+        if g.kind == "query_key"
+    ]
+    assert "does not go over the keys" in wrong.refusal
+
+
+def test_a_product_of_one_projection_with_itself() -> None:
+    nodes = [
+        matmul("x", "wq", "q"),
+        node("Transpose", ["q"], ["t"], perm=[0, 2, 1]),
+        node("MatMul", ["q", "t"], ["y"]),
+    ]
+    assert groups(model(nodes, X, ["y"], {"wq": normal(WIDTH, WIDTH)}), "query_key") == []
 
 
 def test_attention_with_something_else_mixed_in() -> None:

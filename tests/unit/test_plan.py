@@ -16,9 +16,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lrcompile.cost import bytes_of
 from lrcompile.errors import BudgetError, UsageError
-from lrcompile.plan import Problem, Trial, check_plan, choose, dense_plan, prepare, revise
-from lrcompile.records import Budget, Decision, Evidence, Finding, Group, Limit, Plan, Refusal
+from lrcompile.plan import Problem, Trial, Whole, check_plan, choose, dense_plan, prepare, revise, traced
+from lrcompile.records import Amount, Budget, Decision, Evidence, Finding, Group, Limit, Plan, Refusal
 from lrcompile.registry import factorization
 from lrcompile.sites import find
 from lrcompile.weights import ModelWeights
@@ -120,7 +121,7 @@ def test_refused_weights_count_and_cannot_shrink() -> None:
     assert by_name(plan)["stack"].reason == "the weight is a stack of 2 matrices"
     with pytest.raises(
         BudgetError,
-        match=r"--keep 0\.5 cannot be met: the least that can be kept is 0\.733 of the 300 .* 200 of which",
+        match=r"--keep 0\.5 cannot be met: the least that can be kept is 0\.733 of the 300 .* 200 parameters of which",
     ):
         choose(problem(made, Budget(keep=0.5)))
 
@@ -277,7 +278,7 @@ def test_reasons_of_methods_and_targets() -> None:
         supports=lambda d: Refusal("no kernel for it") if d.rank != 3 else None,
     )
     assert [d.rank for d in plan.decisions] == [3]
-    with pytest.raises(BudgetError, match="100 of which cannot be rewritten"):
+    with pytest.raises(BudgetError, match="100 parameters of which cannot be rewritten"):
         planned(made, Budget(keep=0.5), methods=(DENSE,))
     plan = planned(made, Budget(energy=0.1), methods=(SVD,))
     assert [d.reason for d in plan.decisions] == ["svd needs calibration data at this input"]
@@ -295,6 +296,114 @@ def test_quantized_weights_are_not_blown_up() -> None:
         == "its factors would take more bytes than the weight does in its own type (1,600)"
     )
     assert planned(made, Budget(rank=4)).decisions[0].bytes_after == 4 * 80 * 4
+
+
+# --- --size, --flops, and the curve over sizes ----------------------------------------------------------------------
+
+
+def moving(made: ir.Model, budget: Budget, **whole: Any) -> Problem:
+    """A problem whose movements are known: the squared error of each form times the number of its layer + 1."""
+    finding = find(made)
+    rows = {s.name: 3 for s in finding.sites}
+    bare = prepare(
+        finding,
+        weights(),
+        None,
+        (PLAIN,),
+        budget,
+        target="ort-cpu",
+        whole=Whole(bytes_of(made), rows, **whole),
+    )
+    curves = tuple(
+        replace(c, candidates=tuple(replace(x, movement=x.error**2 * (i + 1)) for x in c.candidates))
+        for i, c in enumerate(bare.curves)
+    )
+    return replace(bare, curves=curves)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
+@pytest.mark.parametrize("predicts", [False, True])
+def test_size_and_flops(share: float, predicts: bool) -> None:
+    """Of the whole model: what is not eligible counts for --size; both are kept, and nearly used up."""
+    made = linears(
+        (40, 40), (40, 20), extra=[node("Gather", ["table", "ids"], ["e"], name="t")], table=normal(50, 10)
+    )
+    whole = {"size": 4 * (1600 + 800 + 500), "flops": 3 * 2 * (1600 + 800)}
+    for name, before in whole.items():
+        for amount in (Amount(share, relative=True), Amount(share * before)):
+            problem_ = moving(made, Budget(**{name: amount}))
+            if not predicts:
+                problem_ = replace(
+                    problem_,
+                    curves=tuple(
+                        replace(c, candidates=tuple(replace(x, movement=None) for x in c.candidates))
+                        for c in problem_.curves
+                    ),
+                )
+            plan = choose(problem_)
+            saved = {
+                "size": sum(d.bytes_before - d.bytes_after for d in plan.decisions),
+                "flops": 3 * sum(d.flops_before - d.flops_after for d in plan.decisions),
+            }[name]
+            assert (plan.movement is None) != predicts
+            room = share * before - (before - saved)
+            assert 0 <= room < {"size": 4 * (80 + 60), "flops": 6 * (80 + 60)}[name]  # a rank more of each
+
+
+def test_amounts_that_cannot_be_met() -> None:
+    made = linears((10, 10), extra=[node("Gather", ["table", "ids"], ["e"], name="t")], table=normal(50, 10))
+    with pytest.raises(BudgetError) as caught:
+        choose(moving(made, Budget(size=Amount(1000))))
+    assert str(caught.value).startswith(
+        "--size 1KB cannot be met: the least that can be kept is 0.867 of the 2,400 bytes (2.08KB), where only the 100 eligible"
+    )
+    with pytest.raises(BudgetError, match=r"--flops 0\.1x cannot be met: .* 0\.200 of the 600 FLOPs \(120\)"):
+        choose(moving(made, Budget(flops=Amount(0.1, relative=True))))
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [{"size": Amount(1e9)}, {"size": Amount(1.0, relative=True)}, {"flops": Amount(1.0, relative=True)}],
+)
+def test_more_than_there_is_leaves_everything_dense(budget: dict[str, Any]) -> None:
+    plan = choose(moving(linears((10, 10)), Budget(**budget)))
+    assert [d.reason for d in plan.decisions] == ["the budget keeps everything"]
+
+
+@pytest.mark.parametrize(
+    "budget", [{"keep": 0.5}, {"size": Amount(0.5, relative=True)}, {"max_error": (Limit("cosine", 0.99),)}]
+)
+def test_the_predicted_curve_falls(budget: dict[str, Any]) -> None:
+    plans = list(traced(moving(linears((30, 30), (20, 40)), Budget(**budget)), np.linspace(0, 1, 21)))
+    for a, b in pairwise(plans):
+        assert (
+            a.kept < b.kept and a.movement is not None and b.movement is not None and a.movement > b.movement
+        )
+    assert plans[-1].kept == 1.0 and plans[-1].movement == 0.0
+    assert not list(
+        traced(problem(linears((30, 30)), Budget(keep=0.5)), (0.5,))
+    )  # nothing is predicted without data
+
+
+def test_the_objective_decides_what_gets_small_and_what_is_legal() -> None:
+    """An int8 weight: its factors save FLOPs and cost bytes."""
+    nodes = [node("DequantizeLinear", ["w", "s"], ["v"]), node("MatMul", ["x", "v"], ["y"], name="layer")]
+    made = model(nodes, {"x": ("n", 40)}, ["y"], {"w": np.ones((40, 40), np.int8), "s": np.float32(1)})
+    limit = (Limit("cosine", 0.9),)
+    small = moving(made, Budget(max_error=limit))
+    fast = moving(made, Budget(max_error=limit, objective="flops"))
+    assert max(c.rank or 0 for c in small.curves[0].candidates) == 4  # 80 r x 4 bytes below 1,600
+    assert max(c.rank or 0 for c in fast.curves[0].candidates) == 19  # 80 r products below 1,600
+    assert (choose(fast).ratio, choose(small).ratio) == (0.5, 0.5)
+
+
+def test_the_printed_plan_says_what_moves_the_outputs() -> None:
+    plan = choose(moving(linears((30, 30), (20, 40)), Budget(keep=0.5)))
+    lines = str(plan).splitlines()
+    assert lines[0].split() == ["site", "method", "rank", "kept", "error", "moves", "reason"]
+    assert f"{plan.decisions[0].movement:.2e}" in lines[1]
+    assert lines[-1].startswith(f"predicted to move the outputs by {plan.movement:.1e} in all")
+    assert "moves" not in str(planned(linears((30, 30)), Budget(keep=0.5)))
 
 
 # --- plans as values ----------------------------------------------------------------------------------------------
@@ -428,9 +537,9 @@ def test_a_search_that_nothing_passes_or_everything(wide: Problem) -> None:
 
 
 def test_more_ratio_is_never_less_of_a_plan(wide: Problem) -> None:
-    from lrcompile.plan import _at_ratio
+    from lrcompile.plan import _at_share
 
-    plans = [_at_ratio(wide, r) for r in np.linspace(0, 1, 41)]
+    plans = [_at_share(wide, r) for r in np.linspace(0, 1, 41)]
     for a, b in pairwise(plans):
         for x, y in zip(a.decisions, b.decisions, strict=True):
             assert x.parameters_after <= y.parameters_after

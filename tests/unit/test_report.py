@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 from html.parser import HTMLParser
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
-from lrcompile.report import render
+from lrcompile.records import TradeoffPoint
+from lrcompile.report import render, tradeoff_file
 from lrcompile.report.text import clean, cosine, figure, short, tail
 
 VOID = {"meta", "link", "br", "hr", "img", "input", "wbr"}
@@ -295,6 +298,71 @@ def test_sites_that_are_factorized_together_share_a_figure() -> None:
     page = checked(document)
     assert "The smallest share kept is 75.0 %." in page.text
     assert "Hollow points are claims that were estimates." in page.text
+
+
+def tried(*points: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """A curve as a compile saw it."""
+    empty = dict.fromkeys((f.name for f in dataclasses.fields(TradeoffPoint)), None)
+    made = [{**empty, "failures": [], **p} for p in points]
+    limits = [{"name": "cosine", "value": 0.99, "relative": False}]
+    return {"budget": "--max-error cosine=0.99", "limits": limits, "points": made, "predicted": [], "chosen": 0, "searched": True,
+            "outcome": "smallest that holds cosine=0.99: half", **changes}  # fmt: skip
+
+
+def point(kept: float, cosine: float | None, **changes: Any) -> dict[str, Any]:
+    return {
+        "kept": kept,
+        "bytes": int(kept * 34000),
+        "cosine": cosine,
+        "verdict": "passed",
+        "moved": 0.002,
+        "movement": 0.001,
+        **changes,
+    }
+
+
+def test_the_curve_of_a_search_is_shown() -> None:
+    document = manifest()
+    curve = tried(point(0.5, 0.991), point(0.4, 0.9, verdict="failed", moved=0.2))
+    page = checked({**document, "tradeoff": curve})
+    assert "smallest that holds cosine=0.99: half" in page.text
+    assert (
+        "2 in all; 1 held cosine=0.99 (filled), 1 did not (hollow). The ringed one is published." in page.text
+    )
+    assert page.text.index("40.0 %") < page.text.index("50.0 %")  # the smallest first
+    assert "passed, published" in page.text
+    assert "what else was tried" not in checked({**document, "tradeoff": tried(point(0.5, 0.991))}).text
+    assert "what else was tried" not in checked(document).text
+
+
+@pytest.mark.parametrize("limit", ["snr", "kl", "metric", "top1", "relative_l2", "max_abs"])
+def test_curves_of_every_limit_and_of_figures_that_are_missing(limit: str) -> None:
+    """NaN and infinity came as null; an output may have no logits; a metric may have been zero."""
+    limits = [{"name": limit, "value": 1.05, "relative": limit == "metric"}]
+    name = "snr_db" if limit == "snr" else limit
+    values = [(2.0, 2.2), (0.0, 1.0), None] if limit == "metric" else [0.3, 12.0, None]
+    points = [point(0.3 + i / 10, None, moved=None, movement=None, **{name: v}) for i, v in enumerate(values)]
+    for chosen in (None, 0, 2):
+        checked({**manifest(), "tradeoff": tried(*points, limits=limits, chosen=chosen)})
+    predicted = [point(k / 10, None, verdict=None, moved=None, movement=m) for k, m in ((3, 0.2), (10, 0.0))]
+    file = tradeoff_file(tried(limits=limits, chosen=None, predicted=predicted))
+    assert "var(--" not in file and file.startswith('<svg xmlns="http://www.w3.org/2000/svg"')
+    ElementTree.fromstring(file)
+    assert "nothing on it was compiled" in file and "filled" not in file
+
+
+def test_weights_that_move_the_outputs_are_ranked() -> None:
+    document = manifest(*(site(f"layer{i}/MatMul") for i in range(15)))
+    document["plan"]["decisions"] = [
+        {"group": f"layer{i}/<b>", "sites": [f"layer{i}/MatMul"], "bound": True, "method": "svd", "rank": 3, "movement": float(i),
+         "parameters_before": 100, "parameters_after": 50} for i in range(15)
+    ]  # fmt: skip
+    text = checked({**document, "tradeoff": tried(point(0.5, 0.991))}).text
+    assert "Predicted in all: 105. Measured on the data that was held out: 0.00200." in text
+    assert (
+        text.index("layer14/<b>") < text.index("layer13/<b>") and "and 3 more, which move them less" in text
+    )
+    assert "predicted to move" not in checked(manifest()).text
 
 
 def test_what_keep_counts_is_shown_beside_the_whole() -> None:

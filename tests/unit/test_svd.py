@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lrcompile import spectra
+from lrcompile.curves import decision_of
 from lrcompile.factorize import factorize
 from lrcompile.interfaces import CandidateOptions
 from lrcompile.loss import group_loss
-from lrcompile.plan import _decision
 from lrcompile.records import Candidate, Group, InputStatistics, Plan, Site
 from lrcompile.registry import factorization
 from lrcompile.sites import find
@@ -286,7 +286,7 @@ def test_storage(dtype: Any, room: float, tmp_path: Path) -> None:
     weights = ModelWeights(Cache(tmp_path), 18)
     statistics = seen(samples(100, 10))
     (candidate,) = SVD.candidates(group, weights, statistics, CandidateOptions(ranks=(3,)))
-    plan = Plan("reference", (_decision(group, candidate, ""),))
+    plan = Plan("reference", (decision_of(group, candidate, ""),))
     (made,) = factorize(plan, {group.name: group}, weights, statistics, {"svd": SVD}, 0)
     arrays = made.load()
     assert {a.dtype for a in arrays.values()} == {np.dtype(dtype)}
@@ -313,7 +313,7 @@ def test_candidates() -> None:
     class Fixed:
         def __getattr__(self, name: str) -> Any:
             return {"matrix": lambda s: W.astype(np.float64), "bias": lambda s: None, "key": lambda s: "k", "itemsize": lambda s: 4,
-                    "low_rank_errors": lambda group, seen: spectra.errors(spectra.spectrum(group, self, None))}[name]  # fmt: skip
+                    "low_rank_errors": lambda group, seen: spectra.spectrum(group, self, None)["errors"], "low_rank_movements": lambda group, seen: None}[name]  # fmt: skip
 
     made = list(PLAIN.candidates(group, Fixed(), None, CandidateOptions()))  # type: ignore[arg-type]
     assert [c.rank for c in made] == [1, 2, 3, 4, 5, 6]

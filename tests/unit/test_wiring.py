@@ -171,8 +171,8 @@ def test_rows_of_the_table(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ROWS)
 def test_rows_as_the_graph_writes_them(name: str, tmp_path: Path) -> None:
     """The same wiring as nodes: `dense` called as a factorization puts W itself between the steps, so equality is exact."""
+    from lrcompile.curves import decision_of  # the decision of a candidate, without a whole plan around it
     from lrcompile.factors import FactorSet
-    from lrcompile.plan import _decision  # the decision of a candidate, without a whole plan around it
 
     made, feeds = case(name)
     (group,) = find(made).units
@@ -181,7 +181,7 @@ def test_rows_as_the_graph_writes_them(name: str, tmp_path: Path) -> None:
     arrays = {n: a.astype(np.float32) for n, a in dense.factorize(group, weights, None, candidate, 0).items()}
     shapes = {n: a.shape for n, a in arrays.items()}
     factors = FactorSet(
-        _decision(group, candidate, ""), group, dense, ir.DataType.FLOAT, shapes, 0.0, lambda: arrays
+        decision_of(group, candidate, ""), group, dense, ir.DataType.FLOAT, shapes, 0.0, lambda: arrays
     )
     before, inputs = [n.op_type for n in made.graph], [v.name for v in made.graph.inputs]
     neutral = rewrite(made, [factors])

@@ -1,0 +1,269 @@
+"""Curves: what every group could become, each form with its cost and its error. Pure, but for the candidates' reading of weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from lrcompile.cost import dense_flops, stored_bytes
+from lrcompile.errors import UsageError
+from lrcompile.interfaces import CandidateOptions, Factorization, StatisticsSource, Weights
+from lrcompile.permutations import absorbed
+from lrcompile.progress import Progress, silent
+from lrcompile.records import Budget, Candidate, Decision, Finding, Group, Refusal, Site
+from lrcompile.weights import side_by_side
+
+# Kernels like ranks in eights; matrices this small are fitted exactly.
+_MULTIPLE, _SMALL = 8, 128
+
+Supports = Callable[[Decision], Refusal | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """The candidates of one group by rising cost, or the reason why it has none."""
+
+    group: Group
+    candidates: tuple[Candidate, ...]
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """What budgets are relative to, and how often each site's weight meets a row of data. bytes: of all constants."""
+
+    bytes: int
+    rows: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What is to be planned.
+
+    curves: of the groups that partition the sites. wider: of groups that overlap them, those that have candidates. total: elements
+    of all eligible weights, of which `fixed` cannot be rewritten at all.
+    """
+
+    finding: Finding
+    curves: tuple[Curve, ...]
+    budget: Budget
+    target: str
+    total: int
+    fixed: int
+    wider: tuple[Curve, ...] = ()
+    whole: Whole | None = None
+
+    @property
+    def open(self) -> tuple[Curve, ...]:
+        """The curves among which there is something to choose."""
+        taken = {s.name for c in self.wider for s in c.group.sites}
+        lone = (c for c in self.curves if c.candidates or all(s.name in taken for s in c.group.sites))
+        return (*lone, *self.wider)
+
+    @property
+    def predicts(self) -> bool:
+        """Whether it is known of every candidate how far it moves the outputs."""
+        return bool(self.open) and all(x.movement is not None for c in self.open for x in c.candidates)
+
+
+def eligible(site: Site, tied: bool, budget: Budget, include: str | None, exclude: str | None) -> str | None:
+    """None when the site's weight counts for budgets and may be rewritten, else the reason in words."""
+    if exclude is not None and re.search(exclude, site.name):
+        return "excluded by name"
+    if include is not None:
+        return None if re.search(include, site.name) else "not included by name"
+    if budget.rank == "full":
+        return None
+    if site.op not in ("MatMul", "Gemm"):
+        return f"a {site.op} weight takes part only when --include names it"
+    return "a head tied to a table takes part only when --include names it" if tied else None
+
+
+def prepare(
+    finding: Finding,
+    weights: Weights,
+    statistics: StatisticsSource | None,
+    methods: Sequence[Factorization],
+    budget: Budget,
+    *,
+    target: str,
+    supports: Supports = lambda decision: None,
+    include: str | None = None,
+    exclude: str | None = None,
+    whole: Whole | None = None,
+    progress: Progress = silent,
+) -> Problem:
+    """Curves of every group, computed once; all plans of a search choose from them."""
+    _check_patterns(include, exclude)
+    curves: list[Curve] = []
+    wider: list[Curve] = []
+    counted: set[str] = set()
+    fresh: dict[str, int] = {}  # elements of each eligible unit, each weight counted once
+    units = finding.units
+    # groups that overlap these compete with them where there is data to say which is better
+    over = (
+        ()
+        if statistics is None or budget.rank is not None or budget.energy is not None
+        else finding.overlapping
+    )
+    groups = (*units, *over)
+
+    lone = {g.sites[0].name for g in units if g.kind == "alone" and not g.keeper}
+
+    def work(group: Group) -> Curve | str:
+        reasons = [eligible(s, group.kind == "tied", budget, include, exclude) for s in group.sites]
+        # a weight with several readers is taken when any reader is wanted and none is excluded
+        if group.shares_weight:
+            barred = next((r for r in reasons if r == "excluded by name"), None) or (
+                reasons[0] if all(reasons) else None
+            )
+        else:
+            barred = next(filter(None, reasons), None) or next(
+                (f"{s.name} has other readers" for s in group.sites if s.name not in lone), None
+            )
+        return barred or _curve(group, weights, statistics, methods, budget, target, supports)
+
+    for group, made in zip(groups, side_by_side(work, groups, lambda group: group), strict=True):
+        curve = Curve(group, (), made) if isinstance(made, str) else made
+        (curves if group.shares_weight else wider).append(curve)
+        if group.shares_weight and not isinstance(made, str):
+            fresh[group.name] = _count(group.sites, counted)
+        progress("plan", len(curves) + len(wider), len(groups))
+    tied = {s.weight for g in units if g.kind == "tied" for s in g.sites}
+    refused = [s for s in finding.sites if s.refusal is not None]
+    elements = _count(
+        [s for s in refused if eligible(s, s.weight in tied, budget, include, exclude) is None], counted
+    )
+    served = {s.name for c in wider if c.candidates for s in c.group.sites}
+    fixed = elements + sum(
+        fresh.get(c.group.name, 0)
+        for c in curves
+        if not c.candidates and not all(s.name in served for s in c.group.sites)
+    )
+    return Problem(
+        finding, tuple(curves), budget, target, elements + sum(fresh.values()), fixed,
+        tuple(c for c in wider if c.candidates), whole,
+    )  # fmt: skip
+
+
+def _count(sites: Iterable[Site], counted: set[str]) -> int:
+    """Elements of the weights of these sites that were not counted yet."""
+    fresh = {s.weight: s.elements for s in sites if s.weight not in counted}
+    counted.update(fresh)
+    return sum(fresh.values())
+
+
+def _check_patterns(*patterns: str | None) -> None:
+    for pattern in patterns:
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            raise UsageError(f"{pattern!r} is not a regular expression: {error}") from error
+
+
+def _curve(
+    group: Group,
+    weights: Weights,
+    statistics: StatisticsSource | None,
+    methods: Sequence[Factorization],
+    budget: Budget,
+    target: str,
+    supports: Supports,
+) -> Curve:
+    """All candidates of a group that are legal, or the reasons of all methods."""
+    found: list[Candidate] = []
+    reasons: list[str] = []
+    full = budget.rank == "full"
+    if group.keeper and not full:
+        return Curve(
+            group,
+            (),
+            f"{group.keeper} reads the weight too and keeps it in the file: factors would only add to it",
+        )
+    site = group.sites[0]
+    options = CandidateOptions(
+        ranks=(budget.rank,) if isinstance(budget.rank, int) else None,
+        multiple=_MULTIPLE if min(site.K, site.N) >= _SMALL else 1,
+        full=full,
+    )
+    dense = dense_of(group, "")
+    absorbs = group.shares_weight and all(absorbed(s) for s in group.sites)
+    for method in methods:
+        if method.name == "dense":
+            continue
+        if (refusal := method.serves(group)) is not None:
+            reasons.append(refusal.reason)
+        elif full and not method.exact_at_full_rank:
+            reasons.append(f"{method.name} is not exact at full rank")
+        elif method.needs_data and not full and not any(statistics and statistics.of(s) for s in group.sites):
+            reasons.append(f"{method.name} needs calibration data at this input")
+        else:
+            for made in method.candidates(group, weights, statistics, options):
+                candidate = folded(made) if absorbs and made.index_bytes else made
+                reason = None if full else _costs(candidate, dense, budget.objective)
+                if reason is None and (no := supports(decision_of(group, candidate, ""))) is not None:
+                    reason = no.reason
+                if reason is None:
+                    found.append(candidate)
+                elif reason not in reasons:
+                    reasons.append(reason)
+    found.sort(key=lambda c: (c.cost.parameters, c.error))
+    if not reasons and isinstance(budget.rank, int) and budget.rank > min(site.K, site.N):
+        reasons = [f"the weight has at most rank {min(site.K, site.N)}"]
+    return Curve(group, tuple(found), "" if found else "; ".join(reasons) or "no method serves it")
+
+
+def folded(candidate: Candidate) -> Candidate:
+    """The form where neighbours absorb the permutation of its outputs: it needs no index."""
+    cost = replace(candidate.cost, bytes=candidate.cost.bytes - candidate.index_bytes)
+    return replace(candidate, cost=cost, index_bytes=0, permutes="out")
+
+
+def _costs(candidate: Candidate, dense: Decision, objective: str) -> str | None:
+    """Why a candidate is not worth having: it must save what the objective counts."""
+    if objective == "flops":
+        if candidate.cost.flops >= dense.flops_before:
+            return f"rank {candidate.rank} would take as many FLOPs as the weight (--objective flops)"
+        return None
+    if candidate.cost.parameters >= dense.parameters_before:
+        return f"rank {candidate.rank} would take as many parameters as the weight"
+    if candidate.cost.bytes >= dense.bytes_before:
+        return (
+            f"its factors would take more bytes than the weight does in its own type ({dense.bytes_before:,})"
+        )
+    return None
+
+
+def decision_of(group: Group, candidate: Candidate, reason: str) -> Decision:
+    return replace(
+        dense_of(group, reason),
+        method=candidate.method,
+        rank=candidate.rank,
+        storage=candidate.storage,
+        claimed_error=candidate.error,
+        bound=candidate.bound,
+        parameters_after=candidate.cost.parameters,
+        bytes_after=candidate.cost.bytes,
+        flops_after=candidate.cost.flops,
+        structure=candidate.structure,
+        movement=candidate.movement,
+        permutes=candidate.permutes,
+    )
+
+
+def dense_of(group: Group, reason: str) -> Decision:
+    size, flops = stored_bytes(group), sum(dense_flops(s) for s in group.sites)
+    return Decision(
+        group=group.name, sites=tuple(s.name for s in group.sites), method="dense", rank=None, storage=None, claimed_error=None,
+        bound=True, parameters_before=group.elements, parameters_after=group.elements, bytes_before=size, bytes_after=size,
+        flops_before=flops, flops_after=flops, reason=reason,
+    )  # fmt: skip
+
+
+def refused_of(site: Site) -> Decision:
+    return Decision(
+        group=site.name, sites=(site.name,), method="dense", rank=None, storage=None, claimed_error=None, bound=True,
+        parameters_before=site.elements, parameters_after=site.elements, bytes_before=0, bytes_after=0, flops_before=0,
+        flops_after=0, reason=site.refusal or "",
+    )  # fmt: skip

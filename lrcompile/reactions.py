@@ -1,0 +1,221 @@
+"""Reactions: how the model's outputs feel an error of each weight, from derivatives pulled back through the model.
+
+With probes v such that E |v^T dz|^2 is how far the outputs move (`gradients.default_cotangents`) and g the derivative of v^T z with
+respect to what a site gives, an error E of its weight moves v^T z, over one sequence with inputs X and derivatives G, by <X^T G, E>. Two
+simplifications of its second moment are each known to be too bold alone, so both are used: rows that err independently,
+
+    C = E[x x^T],  G0 = E[g g^T],
+
+and sequences whose errors add up, D = X^T G, A = E[D D^T], B = E[D^T D] (x centred where a bias absorbs the mean). Traces made equal,
+
+    C' = (1 - a) C + a A tr C / tr A,     output = tr B ((1 - a) G0 / tr G0 + a B / tr B) / tr C
+
+a grows to a half with the number of sequences that were seen: of few of them B knows few directions.
+Sources: K-FAC (Martens and Grosse 2015), Shampoo (Gupta et al. 2018); the blend is measured (docs/accuracy.md).
+Needs torch, and operators that `gradients` covers; where it has neither, plans go by measured sensitivity alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lrcompile.calibrate import blocks_of, masks_of
+from lrcompile.interfaces import Array, StatisticsSource
+from lrcompile.progress import Progress, silent
+from lrcompile.records import Finding, InputStatistics, Reaction, Refusal, Site, Source
+from lrcompile.sensitivity import judged_outputs
+from lrcompile.store import new_folder, open_array, save_model
+
+if TYPE_CHECKING:
+    from lrcompile.child import Child
+    from lrcompile.feeds import Feed, Feeds
+    from lrcompile.store import Cache
+
+logger = logging.getLogger(__name__)
+
+_SHARE = 0.25  # of the calibration feeds; forward and backward together cost three runs of them
+_PROBES = 2
+_WIDEST = 8192  # outputs of a site; a head over a vocabulary has too many for a square matrix
+# Added to the diagonal of `output`, relative to its mean: so much where the derivatives seen are as many as outputs.
+_RIDGE, _RIDGES = 0.15, (0.01, 0.3)
+_PER_OUTPUT = 0.25  # sequences per output of a site at which a is a quarter
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """A site whose derivative is wanted. x, y: names of its values. scale: of its product (Gemm's alpha)."""
+
+    x: str
+    y: str
+    K: int
+    N: int
+    centred: bool
+    scale: float
+
+
+class ReactingStatistics:
+    """Calibration's statistics with the reactions of the sites for which they are known."""
+
+    def __init__(self, stored: StatisticsSource, cache: Cache, keys: Mapping[str, tuple[str, str]]) -> None:
+        self._stored, self._cache, self._keys = stored, cache, keys
+
+    def of(self, site: Site) -> InputStatistics | None:
+        known = self._stored.of(site)
+        if known is None or site.name not in self._keys or known.second is None:
+            return known
+        sums = self._cache.remember(self._keys[site.name], _gone)
+        return replace(known, reaction=_reaction(sums, known))
+
+    def key(self, site: Site) -> str:
+        return self._stored.key(site) + "".join(self._keys.get(site.name, ()))
+
+
+def reacting(
+    source: Source,
+    finding: Finding,
+    statistics: StatisticsSource,
+    feeds: Feeds,
+    *,
+    child: Child,
+    cache: Cache,
+    seed: int,
+    progress: Progress = silent,
+) -> tuple[StatisticsSource, str]:
+    """The statistics with reactions, or as they are and a sentence why. Cached under the model's and the data's hash."""
+    watches = {s.name: w for s in finding.sites if (w := _watch(s)) is not None}
+    outputs = judged_outputs([v.name or "" for v in source.model.graph.outputs])
+    known = repr((source.key, feeds.key, seed, _SHARE, _PROBES, outputs, "reactions-2"))
+    keys = {
+        name: ("reaction", hashlib.sha256((known + repr(w)).encode()).hexdigest())
+        for name, w in watches.items()
+    }
+    missing = tuple(name for name in watches if not cache.has(keys[name]))
+    if missing:
+        few = _few(feeds)
+        with cache.scratch() as scratch:
+            path = save_model(source.model, new_folder(scratch / "model"), external=True)
+            for done, feed in enumerate(few):
+                told = child.call(
+                    "lrcompile.reactions:accumulate", str(path), feed, outputs, tuple(watches[n] for n in missing),
+                    str(scratch), (seed, done),
+                )  # fmt: skip
+                if told:
+                    logger.info("sensitivities alone: %s", told)
+                    return statistics, told
+                progress("reactions", done + 1, len(few))
+            for index, name in enumerate(missing):
+                cache.remember(keys[name], partial(_sums, scratch, index, watches[name]))
+    return ReactingStatistics(statistics, cache, keys), ""
+
+
+def _watch(site: Site) -> Watch | None:
+    """What is watched of a site that reads rows as they are; None of all others."""
+    if site.refusal is not None or site.kind != "linear" or site.path or site.wiring is None:
+        return None
+    if site.wiring.before or site.wiring.after or site.N > _WIDEST:
+        return None
+    y = site.node.outputs[0].name or ""
+    return Watch(site.data.name or "", y, site.K, site.N, site.bias is not None, site.wiring.scale)
+
+
+def _few(feeds: Feeds) -> list[Feed]:
+    """Some feeds from all over the data."""
+    wanted = max(1, round(_SHARE * len(feeds)))
+    places = {round((i + 0.5) * len(feeds) / wanted - 0.5) for i in range(wanted)}
+    return [feed for i, feed in enumerate(feeds) if i in places]
+
+
+def accumulate(
+    path: str,
+    feed: Feed,
+    outputs: Sequence[str],
+    watches: Sequence[Watch],
+    folder: str,
+    seed: tuple[int, int],
+) -> str:
+    """Runs in the child: one feed's share of every sum. A sentence when derivatives cannot be had."""
+    import onnx_ir as ir
+
+    from lrcompile.gradients import Differentiable, default_cotangents, refusal
+
+    model = ir.load(path)
+    if (no := refusal(model)) is not None:
+        return no.reason
+    import torch
+
+    torch.set_num_threads(1)
+    mask = next(iter(masks_of(feed)), None)
+
+    def consume(number: int, pairs: Sequence[tuple[Array, Array]]) -> None:
+        for index, (watch, (x, g)) in enumerate(zip(watches, pairs, strict=True)):
+            _add(_sums(Path(folder), index, watch), watch, x, g * np.float32(watch.scale))
+
+    draw = partial(default_cotangents, count=_PROBES, seed=seed[0] * 100_003 + seed[1], mask=mask)
+    answer: Refusal | None = Differentiable(model, [(w.x, w.y) for w in watches]).pull(
+        feed, outputs, draw, consume
+    )
+    return answer.reason if answer is not None else ""
+
+
+def _add(sums: Mapping[str, Array], watch: Watch, x: Array, g: Array) -> None:
+    """x (.., K) and g (.., N) of one feed and probe; the first axis holds sequences where there are three."""
+    if watch.centred:
+        x = x - x.reshape(-1, watch.K).mean(axis=0)
+    if x.ndim < 3:
+        X, G = x.reshape(-1, watch.K), g.reshape(-1, watch.N)
+        for a, b in zip(blocks_of(X), blocks_of(G), strict=True):
+            sums["input"] += (a * np.sum(b * b, axis=1, keepdims=True)).T @ a
+            sums["output"] += (b * np.sum(a * a, axis=1, keepdims=True)).T @ b
+        sums["sequences"] += len(X)
+        sums["together"] += float(np.vdot(G, G))
+    else:
+        for a, b in zip(x.reshape(len(x), -1, watch.K), g.reshape(len(g), -1, watch.N), strict=True):
+            D = a.T.astype(np.float64) @ b
+            sums["input"] += D @ D.T
+            sums["output"] += D.T @ D
+            sums["together"] += float(np.sum(b.sum(axis=0, dtype=np.float64) ** 2))
+        sums["sequences"] += len(x)
+    for block in blocks_of(g.reshape(-1, watch.N)):
+        sums["row_output"] += block.T @ block
+        sums["rows"] += np.count_nonzero(block.any(axis=1))
+
+
+def _sums(folder: Path, index: int, watch: Watch) -> dict[str, Array]:
+    K, N = watch.K, watch.N
+    shapes = {
+        "input": (K, K),
+        "output": (N, N),
+        "row_output": (N, N),
+        "sequences": (1,),
+        "together": (1,),
+        "rows": (1,),
+    }
+    return {name: open_array(folder / f"{index}.{name}", shape) for name, shape in shapes.items()}
+
+
+def _reaction(sums: Mapping[str, Array], known: InputStatistics) -> Reaction | None:
+    """None where no output depends on the site."""
+    assert known.second is not None
+    A, B, G0 = sums["input"], sums["output"], sums["row_output"]
+    count, spread = float(sums["sequences"][0]), float(np.trace(known.second))
+    if not (np.trace(A) > 0 and np.trace(G0) > 0 and spread > 0 and count > 0):
+        return None
+    share = 0.5 * count / (count + _PER_OUTPUT * len(B))
+    blended = (1 - share) * G0 / np.trace(G0) + share * B / np.trace(B)
+    # rows of a sequence whose derivatives are alike count as one: of so few directions the rest is not free
+    alike = float(sums["together"][0]) / float(np.trace(G0))
+    ridge = float(np.clip(_RIDGE * len(B) * alike / float(sums["rows"][0]), *_RIDGES))
+    blended[np.diag_indices(len(B))] += ridge / len(B)
+    return Reaction(A / np.trace(A), blended * (np.trace(B) / count / spread), share)
+
+
+def _gone() -> Mapping[str, Array]:
+    raise RuntimeError("reactions vanished from the cache while they were in use")
