@@ -35,13 +35,14 @@ if TYPE_CHECKING:
     from lrcompile.load import load
     from lrcompile.options import Options
     from lrcompile.pipeline import LowRankPass, LowRankResult
-    from lrcompile.records import Budget, Evidence, Limit, Plan, Result
+    from lrcompile.records import Amount, Budget, Evidence, Limit, Plan, Result, Tradeoff
     from lrcompile.sites import find
 
 __version__ = "0.1.0"
 
 # Public name -> the module that holds it.
 _HOME = {
+    "Amount": "records",
     "Budget": "records",
     "BudgetError": "errors",
     "BuildError": "errors",
@@ -59,6 +60,7 @@ _HOME = {
     "PluginError": "errors",
     "Race": "bench",
     "Result": "records",
+    "Tradeoff": "records",
     "UsageError": "errors",
     "Verification": "commands",
     "VerificationError": "errors",
@@ -74,6 +76,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Amount",
     "Budget",
     "BudgetError",
     "BuildError",
@@ -91,6 +94,7 @@ __all__ = [
     "PluginError",
     "Race",
     "Result",
+    "Tradeoff",
     "UsageError",
     "Verification",
     "VerificationError",

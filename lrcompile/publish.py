@@ -121,7 +121,8 @@ def _for_readers(package: Package, document: Mapping[str, Any]) -> dict[str, Any
     saved = sum(d.parameters_before - d.parameters_after for d in package.plan.rewritten)
     eligible = package.plan.eligible
     counted = {} if eligible is None else {"eligible_before": eligible, "eligible_after": eligible - saved}
-    curve = package.tradeoff  # what is only predicted is left out: it hangs on --pareto, which config.yaml does not name
+    # what is only predicted is left out: it hangs on --pareto, which config.yaml does not name
+    curve = package.tradeoff
     tried = {"tradeoff": {**_plain(curve.to_json()), "predicted": []}} if curve is not None else {}
     totals = {**document["totals"], **counted}
     return {**document, "totals": totals, "config": configuration(package.options), **tried}

@@ -412,7 +412,7 @@ class Amount:
         if self.relative:
             return f"{self.value:g}x"
         for unit, size in (("G", 1e9), ("M", 1e6), ("K", 1e3)):
-            if self.value >= size:
+            if size <= self.value < math.inf:
                 return f"{self.value / size:.10g}{unit}"
         return f"{self.value:g}"
 

@@ -237,9 +237,10 @@ class _Bench:
             for curve, form in trials:
                 new = changed(curve, form)
                 overrides = {
-                    values[s.name][kind].name or "": array
+                    name: array
                     for s in curve.group.sites
                     for kind, array in as_operands(s, new).items()
+                    if (name := values[s.name][kind].name or "") in read  # what no output needs is not there
                 }
                 moved = self._child.call("lrcompile.sensitivity:moved", engine, feeds, overrides)
                 yield (curve, form), float(sum(moved.values())) / len(judged)

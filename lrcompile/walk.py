@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from lrcompile.graph import tensor_of
 from lrcompile.records import Group, Site
 
 # Of these the last site reads what the others gave: they are complete when it is.
@@ -41,11 +40,11 @@ def stages_of(model: ir.Model, groups: Sequence[Group]) -> tuple[Stage, ...]:
     needs, stage_of = _needs(model, groups)
     count = max(stage_of.values(), default=-1) + 1
     frontiers: list[dict[str, None]] = [{} for _ in range(count)]
-    inputs = set(model.graph.inputs)
+    inputs, fixed = set(model.graph.inputs), _fixed(model)
 
     def carry(value: ir.Value, reader: int) -> None:
         """A value that something behind `reader - 1` stages reads is in every frontier from its own on."""
-        if value in inputs or value.is_initializer() or tensor_of(value) is not None:
+        if value in inputs or value in fixed:
             return
         for k in range(needs.get(value, 0), min(reader, count)):
             frontiers[k][value.name or ""] = None
@@ -97,6 +96,15 @@ def _needs(model: ir.Model, groups: Sequence[Group]) -> tuple[dict[ir.Value, int
         if stage_of == before:
             break
     return spread(final=True), stage_of
+
+
+def _fixed(model: ir.Model) -> set[ir.Value]:
+    """Values that no input of the graph has a part in: weights, and what is made of them alone. They are made anew in every part."""
+    fixed = set(model.graph.initializers.values())
+    for node in model.graph:
+        if all(v in fixed or v.graph is not model.graph for v in _read_by(node)):
+            fixed.update(node.outputs)
+    return fixed
 
 
 def _read_by(node: ir.Node) -> Iterable[ir.Value]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +66,8 @@ def weight(K: int, N: int, seed: int) -> Array:
     return ((u * 0.8 ** np.arange(k)) @ v.T).astype(np.float32)
 
 
-def plan(cache: Path, **budget: object) -> Plan:
+def plan(cache: Path, predicted: bool = False, **budget: object) -> Plan:
+    """predicted: as if it were known that later layers move the outputs more."""
     finding = find(decoder())
     problem = prepare(
         finding,
@@ -75,10 +77,17 @@ def plan(cache: Path, **budget: object) -> Plan:
         Budget(**budget),
         target="ort-cpu",  # type: ignore[arg-type]
     )
+    if predicted:
+        curves = [
+            replace(c, candidates=tuple(replace(x, movement=x.error**2 * (i + 1)) for x in c.candidates))
+            for i, c in enumerate(problem.curves)
+        ]
+        problem = replace(problem, curves=tuple(curves))
     return choose(problem)
 
 
 PLANS = {
+    "keep_0.5_predicted": {"keep": 0.5, "predicted": True},
     "keep_0.5": {"keep": 0.5},
     "rank_full": {"rank": "full"},
     "energy_0.9": {"energy": 0.9},

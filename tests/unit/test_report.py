@@ -7,7 +7,7 @@ import dataclasses
 import re
 from html.parser import HTMLParser
 from typing import Any
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 import pytest
 
@@ -347,7 +347,7 @@ def test_curves_of_every_limit_and_of_figures_that_are_missing(limit: str) -> No
     predicted = [point(k / 10, None, verdict=None, moved=None, movement=m) for k, m in ((3, 0.2), (10, 0.0))]
     file = tradeoff_file(tried(limits=limits, chosen=None, predicted=predicted))
     assert "var(--" not in file and file.startswith('<svg xmlns="http://www.w3.org/2000/svg"')
-    ElementTree.fromstring(file)
+    ET.fromstring(file)
     assert "nothing on it was compiled" in file and "filled" not in file
 
 
