@@ -22,6 +22,7 @@ from lrcompile.interfaces import Array
 from lrcompile.records import Group
 
 _COVERS = 256  # of one block; more than these are not looked at
+_LEAST = 1e-9  # what costs nothing more is worth any price
 _STEPS = 80  # of bisection, over the logarithm of mu
 
 
@@ -129,16 +130,25 @@ def _sum(options: Mapping[str, Options], chosen: Mapping[str, int]) -> Allocatio
 
 
 def _spend_rest(options: Mapping[str, Options], found: Allocation, limit: float) -> Allocation:
+    """The better of two: what does most for its cost first, or what does most first; each as long as something fits."""
+    ways = (_grown(options, found, limit, by_cost) for by_cost in (True, False))
+    return min(ways, key=lambda a: a.movement)
+
+
+def _grown(options: Mapping[str, Options], found: Allocation, limit: float, by_cost: bool) -> Allocation:
     """The best single change that still fits, again and again."""
     chosen, left = dict(found.chosen), limit - found.cost
     for _ in range(4 * len(chosen)):
-        gain, name, index = 0.0, "", -1
+        best, name, index = 0.0, "", -1
         for n, i in chosen.items():
             o = options[n]
-            gains = np.where(o.costs - o.costs[i] <= left, o.movements[i] - o.movements, 0.0)
+            more = o.costs - o.costs[i]
+            gains = np.where(more <= left, o.movements[i] - o.movements, 0.0)
+            if by_cost:
+                gains = np.where(gains > 0, gains / np.maximum(more, _LEAST), 0.0)
             j = int(np.argmax(gains))
-            if gains[j] > gain:
-                gain, name, index = float(gains[j]), n, j
+            if gains[j] > best:
+                best, name, index = float(gains[j]), n, j
         if index < 0:
             break
         left -= float(options[name].costs[index] - options[name].costs[chosen[name]])

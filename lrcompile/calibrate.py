@@ -19,6 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lrcompile.cost import is_large
+from lrcompile.feeds import mask_over, masks_of
 from lrcompile.interfaces import Array, BuildOptions, Engine
 from lrcompile.progress import Progress, silent
 from lrcompile.records import Finding, InputStatistics, Site, Step
@@ -134,16 +135,6 @@ def accumulate(engine: Engine | None, feed: Mapping[str, Array], taps: Sequence[
             arrays["count"] += len(block)
 
 
-def masks_of(feed: Mapping[str, Array]) -> list[Array]:
-    """What says which rows are padding, (batch, sequence): inputs of two axes that are named so.
-
-    A decoder's mask covers its past as well, (batch, past + sequence): there the last part is meant.
-    """
-    masks = [a for n, a in feed.items() if "mask" in n.lower() and a.ndim == 2]
-    past = next((a.shape[-2] for n, a in feed.items() if "past" in n.lower() and a.ndim == 4), 0)
-    return [m[:, past:] for m in masks]
-
-
 def rows_of(array: Array, tap: Tap, masks: Sequence[Array]) -> Array:
     """A tapped value as rows of what is contracted, (rows, K), or as ids (rows,); without those that a mask covers."""
     # (batch, K) may look like a mask's shape by chance
@@ -154,11 +145,6 @@ def rows_of(array: Array, tap: Tap, masks: Sequence[Array]) -> Array:
     for kind, argument in tap.before:
         array = array.transpose(argument) if kind == "transpose" else _reshape(array, argument)
     return (array[keep] if keep is not None else array).reshape(-1, tap.size)
-
-
-def mask_over(array: Array, masks: Sequence[Array]) -> Array | None:
-    """The mask whose shape the array's first two axes have."""
-    return next((m.astype(bool) for m in masks if m.shape == array.shape[:2]), None)
 
 
 def blocks_of(rows: Array) -> Iterator[Array]:

@@ -30,12 +30,17 @@ class Carrier:
         self._feeds, self._child, self._target = feeds, child, target
         self._folder = new_folder(folder)
         self._numbers: dict[str, int] = {}
+        self._held: set[str] = set()  # the last frontier
         self._parts = 0
 
     def advance(self, model: ir.Model, frontier: Sequence[str]) -> None:
         """Compute the values of the next frontier from those of the last one, then forget what it does not hold."""
+        self._keep(self._held)  # what `compute` added may be made of weights that have changed since
         self.compute(model, frontier)
-        kept = set(frontier)
+        self._held = set(frontier)
+        self._keep(self._held)
+
+    def _keep(self, kept: Collection[str]) -> None:
         for name in [n for n in self.types if n not in kept]:
             for path in self._folder.glob(f"*-{self._numbers[name]}.npy"):
                 path.unlink()

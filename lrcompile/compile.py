@@ -275,7 +275,7 @@ def whole_of(known: Study) -> Whole:
 
 def _attempt(chosen: Plan, job: Job, number: int) -> Attempt:
     """factorize, rewrite, lower, build, verify: one plan, carried out and measured on held-out data."""
-    sets = _factors(chosen, job)
+    sets = factors_of(chosen, job)
     set_limits(job.child, job.options, job.source, len(job.judged_on))
     neutral = rewrite(job.source.model, sets) if sets else None
     model = lower(neutral.clone(), job.runtime.lowering(job.options.target)) if neutral is not None else None
@@ -289,7 +289,7 @@ def _attempt(chosen: Plan, job: Job, number: int) -> Attempt:
     return Attempt(annotate(chosen, sets), sets, neutral, model, path, evidence)
 
 
-def _factors(chosen: Plan, job: Job) -> tuple[FactorSet, ...]:
+def factors_of(chosen: Plan, job: Study) -> tuple[FactorSet, ...]:
     """factorize: by the stored statistics, or each group by what the compressed part before it gives."""
     groups, options = group_by_name(job.finding), job.options
     if job.statistics is None or job.calibration is None or not options.refit or not chosen.rewritten:

@@ -118,11 +118,11 @@ def _one(
 
 def annotate(plan: Plan, sets: Sequence[FactorSet]) -> Plan:
     """The plan with estimates replaced by what the factors really have."""
-    measured = {s.decision.group: s.measured for s in sets}
+    measured = {s.decision.group: s.measured for s in sets if not s.decision.bound}
     return replace(
         plan,
         decisions=tuple(
-            replace(d, claimed_error=measured[d.group]) if d.group in measured and not d.bound else d
+            replace(d, claimed_error=measured[d.group], bound=False) if d.group in measured else d
             for d in plan.decisions
         ),
     )

@@ -226,6 +226,24 @@ def calibration_and_held_out(
     return known.split() if known is not None else (None, None)
 
 
+# --- padding --------------------------------------------------------------------------------------------------------
+
+
+def masks_of(feed: Mapping[str, Array]) -> list[Array]:
+    """What says which rows are padding, (batch, sequence): inputs of two axes that are named so.
+
+    A decoder's mask covers its past as well, (batch, past + sequence): there the last part is meant.
+    """
+    masks = [a for n, a in feed.items() if "mask" in n.lower() and a.ndim == 2]
+    past = next((a.shape[-2] for n, a in feed.items() if "past" in n.lower() and a.ndim == 4), 0)
+    return [m[:, past:] for m in masks]
+
+
+def mask_over(array: Array, masks: Sequence[Array]) -> Array | None:
+    """The mask whose shape the array's first two axes have."""
+    return next((m.astype(bool) for m in masks if m.shape == array.shape[:2]), None)
+
+
 # --- drawn from the graph -----------------------------------------------------------------------------------------
 
 

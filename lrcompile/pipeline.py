@@ -13,15 +13,14 @@ from dataclasses import dataclass, field, replace
 import onnx_ir as ir
 
 from lrcompile.child import Child
-from lrcompile.compile import Study, first_plan, job_of, problem_of, prove, study, workshop
+from lrcompile.compile import Study, factors_of, first_plan, job_of, problem_of, prove, study, workshop
 from lrcompile.cost import is_large
 from lrcompile.errors import ModelError, UsageError
-from lrcompile.factorize import annotate, factorize
+from lrcompile.factorize import annotate
 from lrcompile.factors import FactorSet
 from lrcompile.load import load
 from lrcompile.lower import lower
 from lrcompile.options import Options
-from lrcompile.plan import group_by_name
 from lrcompile.progress import Progress, silent
 from lrcompile.publish import save_lowered
 from lrcompile.records import Finding, Plan
@@ -72,7 +71,9 @@ class LowRankPass(ir.passes.FunctionalPass):
         if options.budget.max_error or options.metric is not None:
             raise UsageError("a pass measures no outputs: leave max_error and metric to lrcompile.compile")
         if not options.budget.bounds_size and options.plan is None:
-            raise UsageError("a pass needs a budget that bounds the size (keep, energy or rank) or a plan")
+            raise UsageError(
+                "a pass needs a budget that bounds the size (keep, size, flops, energy or rank) or a plan"
+            )
         self._options = options.completed()
         self._inline, self._verify = inline, verify
         self._child, self._progress = child, progress
@@ -90,10 +91,7 @@ class LowRankPass(ir.passes.FunctionalPass):
             known = study(model, options, shop, self._progress)
             known = replace(known, finding=_untouched(known.finding))
             plan = first_plan(problem_of(known), known)
-            groups = group_by_name(known.finding)
-            sets = factorize(
-                plan, groups, known.weights, known.statistics, known.methods, options.seed, self._progress
-            )
+            sets = factors_of(plan, known)
             plan = annotate(plan, sets)
             made = model.clone()
             if sets:

@@ -10,7 +10,8 @@ and sequences whose errors add up, D = X^T G, A = E[D D^T], B = E[D^T D] (x cent
 
     C' = (1 - a) C + a A tr C / tr A,     output = tr B ((1 - a) G0 / tr G0 + a B / tr B) / tr C
 
-a grows to a half with the number of sequences that were seen: of few of them B knows few directions.
+a grows to a half with the number of sequences that are seen: of few of them B knows few directions, and where a would be below a
+tenth A and B, which cost most, are left out.
 Sources: K-FAC (Martens and Grosse 2015), Shampoo (Gupta et al. 2018); the blend is measured (docs/accuracy.md).
 Needs torch, and operators that `gradients` covers; where it has neither, plans go by measured sensitivity alone.
 """
@@ -27,7 +28,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lrcompile.calibrate import blocks_of, masks_of
+from lrcompile.calibrate import blocks_of
+from lrcompile.feeds import masks_of
 from lrcompile.interfaces import Array, StatisticsSource
 from lrcompile.progress import Progress, silent
 from lrcompile.records import Finding, InputStatistics, Reaction, Refusal, Site, Source
@@ -46,12 +48,13 @@ _PROBES = 2
 _WIDEST = 8192  # outputs of a site; a head over a vocabulary has too many for a square matrix
 # Added to the diagonal of `output`, relative to its mean: so much where the derivatives seen are as many as outputs.
 _RIDGE, _RIDGES = 0.15, (0.01, 0.3)
+_LEAST_SHARE = 0.1
 _PER_OUTPUT = 0.25  # sequences per output of a site at which a is a quarter
 
 
 @dataclass(frozen=True, slots=True)
 class Watch:
-    """A site whose derivative is wanted. x, y: names of its values. scale: of its product (Gemm's alpha)."""
+    """A site whose derivative is wanted. x, y: names of its values. scale: of its product (Gemm's alpha). share: a."""
 
     x: str
     y: str
@@ -59,20 +62,27 @@ class Watch:
     N: int
     centred: bool
     scale: float
+    share: float = 0.0
 
 
 class ReactingStatistics:
     """Calibration's statistics with the reactions of the sites for which they are known."""
 
-    def __init__(self, stored: StatisticsSource, cache: Cache, keys: Mapping[str, tuple[str, str]]) -> None:
-        self._stored, self._cache, self._keys = stored, cache, keys
+    def __init__(
+        self,
+        stored: StatisticsSource,
+        cache: Cache,
+        keys: Mapping[str, tuple[str, str]],
+        shares: Mapping[str, float],
+    ) -> None:
+        self._stored, self._cache, self._keys, self._shares = stored, cache, keys, shares
 
     def of(self, site: Site) -> InputStatistics | None:
         known = self._stored.of(site)
         if known is None or site.name not in self._keys or known.second is None:
             return known
         sums = self._cache.remember(self._keys[site.name], _gone)
-        return replace(known, reaction=_reaction(sums, known))
+        return replace(known, reaction=_reaction(sums, self._shares[site.name], known))
 
     def key(self, site: Site) -> str:
         return self._stored.key(site) + "".join(self._keys.get(site.name, ()))
@@ -90,16 +100,17 @@ def reacting(
     progress: Progress = silent,
 ) -> tuple[StatisticsSource, str]:
     """The statistics with reactions, or as they are and a sentence why. Cached under the model's and the data's hash."""
-    watches = {s.name: w for s in finding.sites if (w := _watch(s)) is not None}
+    few = _few(feeds)
+    sequences = _PROBES * sum(_sequences(feed) for feed in few)
+    watches = {s.name: w for s in finding.sites if (w := _watch(s, sequences)) is not None}
     outputs = judged_outputs([v.name or "" for v in source.model.graph.outputs])
-    known = repr((source.key, feeds.key, seed, _SHARE, _PROBES, outputs, "reactions-2"))
+    known = repr((source.key, feeds.key, seed, _SHARE, _PROBES, outputs, "reactions-3"))
     keys = {
         name: ("reaction", hashlib.sha256((known + repr(w)).encode()).hexdigest())
         for name, w in watches.items()
     }
     missing = tuple(name for name in watches if not cache.has(keys[name]))
     if missing:
-        few = _few(feeds)
         with cache.scratch() as scratch:
             path = save_model(source.model, new_folder(scratch / "model"), external=True)
             for done, feed in enumerate(few):
@@ -113,17 +124,27 @@ def reacting(
                 progress("reactions", done + 1, len(few))
             for index, name in enumerate(missing):
                 cache.remember(keys[name], partial(_sums, scratch, index, watches[name]))
-    return ReactingStatistics(statistics, cache, keys), ""
+    return ReactingStatistics(statistics, cache, keys, {n: w.share for n, w in watches.items()}), ""
 
 
-def _watch(site: Site) -> Watch | None:
+def _sequences(feed: Feed) -> int:
+    """The length of the first axis of the inputs that have two axes and more; one where they disagree."""
+    lengths = {len(a) for a in feed.values() if a.ndim > 1 and a.size}
+    return lengths.pop() if len(lengths) == 1 else 1
+
+
+def _watch(site: Site, sequences: int) -> Watch | None:
     """What is watched of a site that reads rows as they are; None of all others."""
     if site.refusal is not None or site.kind != "linear" or site.path or site.wiring is None:
         return None
     if site.wiring.before or site.wiring.after or site.N > _WIDEST:
         return None
     y = site.node.outputs[0].name or ""
-    return Watch(site.data.name or "", y, site.K, site.N, site.bias is not None, site.wiring.scale)
+    share = 0.5 * sequences / (sequences + _PER_OUTPUT * site.N)
+    return Watch(
+        site.data.name or "", y, site.K, site.N, site.bias is not None, site.wiring.scale,
+        share if share >= _LEAST_SHARE else 0.0,
+    )  # fmt: skip
 
 
 def _few(feeds: Feeds) -> list[Feed]:
@@ -171,16 +192,17 @@ def _add(sums: Mapping[str, Array], watch: Watch, x: Array, g: Array) -> None:
         x = x - x.reshape(-1, watch.K).mean(axis=0)
     if x.ndim < 3:
         X, G = x.reshape(-1, watch.K), g.reshape(-1, watch.N)
-        for a, b in zip(blocks_of(X), blocks_of(G), strict=True):
+        for a, b in zip(blocks_of(X), blocks_of(G), strict=True) if watch.share else ():
             sums["input"] += (a * np.sum(b * b, axis=1, keepdims=True)).T @ a
             sums["output"] += (b * np.sum(a * a, axis=1, keepdims=True)).T @ b
         sums["sequences"] += len(X)
         sums["together"] += float(np.vdot(G, G))
     else:
         for a, b in zip(x.reshape(len(x), -1, watch.K), g.reshape(len(g), -1, watch.N), strict=True):
-            D = a.T.astype(np.float64) @ b
-            sums["input"] += D @ D.T
-            sums["output"] += D.T @ D
+            if watch.share:
+                D = a.T @ b  # of one sequence, so float32 is enough; what grows is float64
+                sums["input"] += D @ D.T
+                sums["output"] += D.T @ D
             sums["together"] += float(np.sum(b.sum(axis=0, dtype=np.float64) ** 2))
         sums["sequences"] += len(x)
     for block in blocks_of(g.reshape(-1, watch.N)):
@@ -189,32 +211,33 @@ def _add(sums: Mapping[str, Array], watch: Watch, x: Array, g: Array) -> None:
 
 
 def _sums(folder: Path, index: int, watch: Watch) -> dict[str, Array]:
-    K, N = watch.K, watch.N
+    K, N = (watch.K, watch.N) if watch.share else (1, 1)
     shapes = {
-        "input": (K, K),
-        "output": (N, N),
-        "row_output": (N, N),
-        "sequences": (1,),
-        "together": (1,),
-        "rows": (1,),
-    }
+        "input": (K, K), "output": (N, N), "row_output": (watch.N, watch.N), "sequences": (1,), "together": (1,), "rows": (1,),
+    }  # fmt: skip
     return {name: open_array(folder / f"{index}.{name}", shape) for name, shape in shapes.items()}
 
 
-def _reaction(sums: Mapping[str, Array], known: InputStatistics) -> Reaction | None:
+def _reaction(sums: Mapping[str, Array], share: float, known: InputStatistics) -> Reaction | None:
     """None where no output depends on the site."""
     assert known.second is not None
-    A, B, G0 = sums["input"], sums["output"], sums["row_output"]
-    count, spread = float(sums["sequences"][0]), float(np.trace(known.second))
-    if not (np.trace(A) > 0 and np.trace(G0) > 0 and spread > 0 and count > 0):
+    G0, count, spread = sums["row_output"], float(sums["sequences"][0]), float(np.trace(known.second))
+    whole = float(np.trace(G0))
+    if not (whole > 0 and spread > 0 and count > 0):
         return None
-    share = 0.5 * count / (count + _PER_OUTPUT * len(B))
-    blended = (1 - share) * G0 / np.trace(G0) + share * B / np.trace(B)
+    A, output, scale = known.second, G0 / whole, whole
+    if share:
+        A, B = sums["input"], sums["output"]
+        if not (np.trace(A) > 0 and np.trace(B) > 0):
+            return None
+        output = (1 - share) * output + share * B / np.trace(B)
+        scale = float(np.trace(B)) / spread
     # rows of a sequence whose derivatives are alike count as one: of so few directions the rest is not free
-    alike = float(sums["together"][0]) / float(np.trace(G0))
-    ridge = float(np.clip(_RIDGE * len(B) * alike / float(sums["rows"][0]), *_RIDGES))
-    blended[np.diag_indices(len(B))] += ridge / len(B)
-    return Reaction(A / np.trace(A), blended * (np.trace(B) / count / spread), share)
+    size = len(output)
+    alike = float(sums["together"][0]) / whole
+    ridge = float(np.clip(_RIDGE * size * alike / float(sums["rows"][0]), *_RIDGES))
+    output[np.diag_indices(size)] += ridge / size
+    return Reaction(A / np.trace(A), output * (scale / count), share)
 
 
 def _gone() -> Mapping[str, Array]:

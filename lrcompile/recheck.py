@@ -116,6 +116,10 @@ def published_factors(
     published: ir.Model,
 ) -> tuple[FactorSet, ...] | None:
     """The factors of every decision as the published graph holds them; None when it holds one in another form."""
+    if any(
+        d.permutes for d in decisions
+    ):  # folded into neighbours, whose factors are not in their own order any more
+        return None
     constants = published.graph.initializers
     sets = []
     for decision in decisions:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,10 +28,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import scipy.linalg
 
-from lrcompile.calibrate import Tap, blocks_of, masks_of, rows_of, shrinkage_of, shrunk, tap_of
+from lrcompile.calibrate import Tap, blocks_of, rows_of, shrinkage_of, shrunk, tap_of
 from lrcompile.carrier import Carrier, read_all
 from lrcompile.factorize import factorize
 from lrcompile.factors import FactorSet
+from lrcompile.feeds import masks_of
 from lrcompile.interfaces import Array, Factorization, StatisticsSource
 from lrcompile.progress import Progress, silent
 from lrcompile.records import Decision, Group, InputStatistics, Plan, Site, Source
@@ -73,16 +74,18 @@ def refit(
     stages = stages_of(source.model, [groups[d.group] for d in walking])
     walk = Walk(source, stages, statistics, feeds, child, target, scratch, progress)
     walk.put(sets)
-    known = source.key + feeds.key + target + repr((SHARE, _RIDGE)) + _forms(plain)
+    known = "refit-2" + source.key + feeds.key + target + repr((SHARE, _RIDGE)) + _forms(plain)
     by_group = {d.group: d for d in walking}
     for index, stage in enumerate(stages):
         decisions = tuple(replace(by_group[g.name], bound=False) for g in stage.groups)
         live = LiveStatistics(walk, index, hashlib.sha256(known.encode()).hexdigest())
         part = replace(plan, decisions=decisions)
+        corrects = {d.group for d in decisions if methods[d.method].needs_data}
+        centred = {s.name for g in stage.groups if g.name in corrects for s in _centred(g)}
         made = factorize(
             part,
             groups,
-            LiveWeights(weights, live, stage),
+            LiveWeights(weights, live, stage, centred),
             live,
             methods,
             seed,
@@ -108,6 +111,12 @@ def _forms(decisions: Sequence[Decision]) -> str:
     return repr([(d.group, d.method, d.rank, d.structure, d.storage) for d in decisions])
 
 
+def _centred(group: Group) -> tuple[Site, ...]:
+    """The sites whose bias a factorization that looks at data corrects: of weights that share factors all have one, or none does."""
+    biased = tuple(s for s in group.sites if s.bias is not None)
+    return biased if group.kind not in ("qkv", "gate_up") or len(biased) == len(group.sites) else ()
+
+
 class Walk:
     """Dense and compressed activations at the stage that was last asked for, and the moments of what is watched there."""
 
@@ -123,6 +132,7 @@ class Walk:
         self._live = Carrier(feeds, child, target, self._folder / "live")
         self._at = -1
         self._lock = threading.Lock()
+        self._broken = False
         self._moments: dict[Tap, Path] = {}
 
     def put(self, sets: Sequence[FactorSet]) -> None:
@@ -132,9 +142,13 @@ class Walk:
     def moments(self, index: int, tap: Tap) -> Mapping[str, Array]:
         """Running sums of a value that stage `index` reads; goes there first. A stage that nobody asks about costs nothing."""
         with self._lock:  # of two groups that are factorized side by side one goes, the other waits
+            if self._broken:  # half-made sums must not become factors in the cache
+                raise RuntimeError("the walk ended in another thread")
+            self._broken = True
             while self._at < index:
                 self._at += 1
                 self._go(self.stages[self._at], last=self._at == index)
+            self._broken = False
         return _sums(self._moments[tap], tap)
 
     def _go(self, stage: Stage, last: bool) -> None:
@@ -220,8 +234,12 @@ class LiveStatistics:
 class LiveWeights(ModelWeights):
     """M and b* in the place of W and b."""
 
-    def __init__(self, dense: ModelWeights, live: LiveStatistics, stage: Stage) -> None:
+    def __init__(
+        self, dense: ModelWeights, live: LiveStatistics, stage: Stage, centred: Collection[str]
+    ) -> None:
+        """centred: sites whose b* will be written back; the others get the M that is best with b as it is."""
         super().__init__(dense.cache, dense.opset)
+        self._centred = centred
         self._dense, self._live = dense, live
         self._target = threading.local()  # each thread's last M
         self._fitted = {s.name for g in stage.groups for s in (g.sites[-1:] if g.kind in CHAINS else g.sites)}
@@ -233,12 +251,16 @@ class LiveWeights(ModelWeights):
             return W
         last: tuple[str, Array] | None = getattr(self._target, "last", None)
         if last is None or last[0] != site.name:
-            self._target.last = last = site.name, _target(W, known, centred=site.bias is not None)
+            self._target.last = last = site.name, _target(W, known, site.name in self._centred)
         return last[1]
 
     def bias(self, site: Site) -> Array | None:
         b = self._dense.bias(site)
-        known = self._live.of(site) if b is not None and site.name in self._fitted else None
+        known = (
+            self._live.of(site)
+            if b is not None and site.name in self._fitted and site.name in self._centred
+            else None
+        )
         if known is None or known.cross is None:
             return b
         assert b is not None and known.mean is not None and known.dense_mean is not None
@@ -247,7 +269,8 @@ class LiveWeights(ModelWeights):
         return moved
 
     def key(self, site: Site) -> str:
-        return self._dense.key(site) + (self._live.key(site) if site.name in self._fitted else "")
+        live = f"{self._live.key(site)}{site.name in self._centred}" if site.name in self._fitted else ""
+        return self._dense.key(site) + live
 
 
 def _target(W: Array, known: InputStatistics, centred: bool) -> Array:

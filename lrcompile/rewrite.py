@@ -50,6 +50,7 @@ def rewrite(model: ir.Model, sets: Sequence[FactorSet]) -> ir.Model:
                     partial(_same, smaller),
                     factors.storage,
                 )
+                twins[site.node].metadata_props.update(_metadata(factors, site))
                 cut.append(twins[site.node])
             else:
                 _call(copy, index, twins[site.node], factors, given, names)
@@ -165,6 +166,15 @@ def _copy(model: ir.Model) -> tuple[ir.Model, dict[ir.Node, ir.Node]]:
     return copy, {a: b for (_, a), (_, b) in zip(nodes(model), nodes(copy), strict=True)}
 
 
+def _metadata(factors: FactorSet, site: Site) -> dict[str, str]:
+    """Who made a node, from which weight, at which plan entry."""
+    return {
+        "lrcompile.method": factors.decision.method,
+        "lrcompile.weight": site.weight,
+        "lrcompile.group": factors.group.name,
+    }
+
+
 def _same(array: Array) -> Array:
     return array
 
@@ -235,11 +245,7 @@ def _call(
     group, site = factors.group, factors.group.sites[index]
     assert site.wiring is not None and node.graph is not None
     prefix = names.node(f"{site.name}/{factors.decision.method}")
-    metadata = {
-        "lrcompile.method": factors.decision.method,
-        "lrcompile.weight": site.weight,
-        "lrcompile.group": group.name,
-    }
+    metadata = _metadata(factors, site)
     op = Builder(prefix, metadata)
     data = ir.Value(name=f"{prefix}/x")
     addend = ir.Value(name=f"{prefix}/c") if site.wiring.addend is not None else None

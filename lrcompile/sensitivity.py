@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lrcompile.calibrate import mask_over, masks_of
 from lrcompile.carrier import Carrier, read_all
 from lrcompile.curves import Curve, Problem
+from lrcompile.feeds import mask_over, masks_of
 from lrcompile.figures import Movement
 from lrcompile.interfaces import Array, BuildOptions, Constant, Engine, Factorization, StatisticsSource
 from lrcompile.progress import Progress, silent
@@ -86,7 +86,7 @@ def predicted(
     def key(curve: Curve, form: Candidate) -> tuple[str, ...]:
         of = [weights.key(s) + statistics.key(s) for s in curve.group.sites]
         what = repr((curve.group.name, form.method, form.rank, form.structure, form.storage, of))
-        return ("movement-1", hashlib.sha256((known + what).encode()).hexdigest())
+        return ("movement-2", hashlib.sha256((known + what).encode()).hexdigest())
 
     missing = [t for t in trials if not weights.cache.has(key(*t))]
     if missing:
@@ -261,7 +261,7 @@ def refer(engine: Engine, feeds: Sequence[Ready], wanted: Sequence[str]) -> None
     for fed, files, masks, place in feeds:
         outputs = engine.run({**fed, **read_all(files)})
         for i, name in enumerate(wanted):
-            if outputs[name].dtype.kind == "f":
+            if outputs[name].dtype.kind in "fV":
                 save_array(f"{place}-{i}.npy", _judged_rows(name, outputs[name], masks))
 
 
@@ -271,7 +271,7 @@ def moved(engine: Engine, feeds: Sequence[Ready], overrides: Mapping[str, Array]
     for fed, files, masks, place in feeds:
         outputs = engine.run({**fed, **read_all(files), **overrides})
         for i, (name, array) in enumerate(outputs.items()):
-            if array.dtype.kind == "f":
+            if array.dtype.kind in "fV":  # V: bfloat16
                 before = load_array(f"{place}-{i}.npy", array.dtype.name)
                 movements.setdefault(name, Movement(name)).add(before, _judged_rows(name, array, masks))
     return {name: _size(m) for name, m in movements.items()}

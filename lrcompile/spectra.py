@@ -152,7 +152,7 @@ def centres(group: Group, statistics: StatisticsSource | None) -> bool:
         known is not None
         and known.mean is not None
         and group.kind not in ("shared", "tied")
-        and all(s.bias is not None for s in group.sites)
+        and all(s.bias is not None and s.wiring is not None and s.wiring.scale != 0.0 for s in group.sites)
     )
 
 

@@ -24,7 +24,7 @@ from polygraphy.comparator import Comparator
 from polygraphy.logger import G_LOGGER
 
 from lrcompile.errors import LrcompileError, UsageError, VerificationError
-from lrcompile.feeds import Feed, Feeds
+from lrcompile.feeds import Feed, Feeds, mask_over, masks_of
 from lrcompile.figures import Movement
 from lrcompile.interfaces import Array, BuildOptions, Engine
 from lrcompile.lean import without_torch
@@ -86,21 +86,37 @@ class Strict:
         self.movements: dict[str, Movement] = {}
         self.failures: list[str] = []
 
-    def add(self, first: Mapping[str, Array], second: Mapping[str, Array]) -> None:
-        """One feed's outputs of both."""
+    def add(
+        self, first: Mapping[str, Array], second: Mapping[str, Array], masks: Sequence[Array] = ()
+    ) -> None:
+        """One feed's outputs of both; of outputs (batch, sequence, ..) only the rows that a mask lets through."""
         a, b = dict(first.items()), dict(second.items())
         if set(a) != set(b):
             missing, extra = sorted(set(a) - set(b)), sorted(set(b) - set(a))
             self.failures.append(f"output names differ: missing {missing}, not expected {extra}")
         for name in a:
             if name in b:
-                self.movements.setdefault(name, Movement(name)).add(a[name], b[name])
+                keep = (
+                    mask_over(a[name], masks) if a[name].ndim > 2 and a[name].shape == b[name].shape else None
+                )
+                pair = (a[name], b[name]) if keep is None else (a[name][keep], b[name][keep])
+                self.movements.setdefault(name, Movement(name)).add(*pair)
 
 
-def compare(first: Engine, second: Engine, feeds: Iterable[Feed]) -> Strict:
-    """Both engines on the same feeds, one feed at a time. Raises VerificationError when nothing could be compared."""
+def compare(first: Engine, second: Engine, feeds: Iterable[Feed], padding: bool = True) -> Strict:
+    """Both engines on the same feeds, one feed at a time. Raises VerificationError when nothing could be compared.
+
+    padding: whether rows of outputs that an input mask takes out are compared too: what the model makes of them nobody reads.
+    """
     policy = Strict()
-    stream_of_feeds = iter(feeds)
+    at_hand: list[Feed] = []
+
+    def remembered() -> Iterator[Feed]:
+        for feed in feeds:
+            at_hand[:] = [feed]
+            yield feed
+
+    stream_of_feeds = remembered()
     like = next(stream_of_feeds, None)
     if like is not None:
         runners = [EngineRunner(first, like, "original"), EngineRunner(second, like, "compiled")]
@@ -109,7 +125,8 @@ def compare(first: Engine, second: Engine, feeds: Iterable[Feed]) -> Strict:
             for results in Comparator.run(
                 runners, data_loader=itertools.chain([like], stream_of_feeds), streaming=True
             ):
-                policy.add(results[0][1][0], results[1][1][0])
+                masks = () if padding else masks_of(at_hand[0])
+                policy.add(results[0][1][0], results[1][1][0], masks)
         for name, moved in policy.movements.items():
             moved.eps = runners[0].eps.get(name, 0.0)
     if not policy.failures and not any(m.count or m.problem for m in policy.movements.values()):
@@ -175,11 +192,11 @@ def _wrong(moved: Movement, known: Noise, what: str) -> Iterator[str]:
 
 
 def measure(first: Engine, second: Engine, feeds: Feeds, metric: tuple[Metric, float] | None) -> Evidence:
-    """Second question: figures of every output on held-out data. The verdict is `judge`'s.
+    """Second question: figures of every output on held-out data, without the rows of padding. The verdict is `judge`'s.
 
     metric: the user's function and what it says of the original.
     """
-    policy = compare(first, second, feeds)
+    policy = compare(first, second, feeds, padding=False)
     problems = [f"output {m.name!r}: {m.problem}" for m in policy.movements.values() if m.problem]
     figures = tuple((n, m.evidence(0.0)) for n, m in policy.movements.items())
     values = (metric[1], score(metric[0], second, feeds)) if metric is not None else None

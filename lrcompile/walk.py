@@ -11,6 +11,7 @@ Everything here is about values by name; nothing is run.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -72,18 +73,23 @@ def watched(group: Group) -> tuple[Site, ...]:
 
 def _needs(model: ir.Model, groups: Sequence[Group]) -> tuple[dict[ir.Value, int], dict[str, int]]:
     """How many stages each value needs, and each group's stage: a fixed point, reached in the first round unless groups interlock."""
-    owner = {site.node: group for group in groups for site in group.sites}
+    owners: dict[ir.Node, list[Group]] = defaultdict(list)  # groups may overlap
+    for group in groups:
+        for site in group.sites:
+            owners[site.node].append(group)
     stage_of = {group.name: 0 for group in groups}
 
     def spread(final: bool) -> dict[ir.Value, int]:
         """final: inside a chain too, values need what made them."""
         needs: dict[ir.Value, int] = {}
+        met: set[str] = set()
         for node in model.graph:
-            need = max((needs.get(v, 0) for v in _read_by(node)), default=0)
-            group = owner.get(node)
-            if group is not None:
-                if not final:
-                    stage_of[group.name] = max(stage_of[group.name], need)
+            need = known = max((needs.get(v, 0) for v in _read_by(node)), default=0)
+            for group in owners.get(node, ()):
+                # a weight with several readers changes when the first is reached: the others may read what that one gave
+                if not final and not (group.shares_weight and group.name in met):
+                    stage_of[group.name] = max(stage_of[group.name], known)
+                met.add(group.name)
                 if final or group.kind not in CHAINS or node is group.sites[-1].node:
                     need = max(need, stage_of[group.name] + 1)
             for value in node.outputs:
@@ -102,7 +108,8 @@ def _fixed(model: ir.Model) -> set[ir.Value]:
     """Values that no input of the graph has a part in: weights, and what is made of them alone. They are made anew in every part."""
     fixed = set(model.graph.initializers.values())
     for node in model.graph:
-        if all(v in fixed or v.graph is not model.graph for v in _read_by(node)):
+        drawn = node.op_type.startswith("Random") or node.op_type in ("Bernoulli", "Multinomial")
+        if not drawn and all(v in fixed or v.graph is not model.graph for v in _read_by(node)):
             fixed.update(node.outputs)
     return fixed
 

@@ -127,7 +127,9 @@ def fisher_rows(
 
         torch.set_num_threads(1)
         outputs = judged_outputs([v.name or "" for v in source.model.graph.outputs])
-        model = Differentiable(source.model, [(s.data.name or "", s.node.outputs[0].name or "") for s in sites])
+        model = Differentiable(
+            source.model, [(s.data.name or "", s.node.outputs[0].name or "") for s in sites]
+        )
         for index, feed in enumerate(feeds):
             mask = next(iter(masks_of(feed)), None)
             draw = partial(default_cotangents, count=1, seed=seed + index, mask=mask)
@@ -139,8 +141,8 @@ def fisher_rows(
 def squared_rows(x: Array, g: Array) -> Array:
     """(K,): sum over sequences and j of (X^T G)_ij^2; rows of two axes are sequences of one."""
     if x.ndim < 3:
-        made: Array = np.sum(np.square(x.reshape(-1, x.shape[-1]), dtype=np.float64) * np.sum(np.square(g, dtype=np.float64).reshape(-1, g.shape[-1]), axis=1, keepdims=True), axis=0)  # fmt: skip
-        return made
-    D = np.matmul(np.swapaxes(x.reshape(len(x), -1, x.shape[-1]), 1, 2), g.reshape(len(g), -1, g.shape[-1]))
-    total: Array = np.sum(np.square(D, dtype=np.float64), axis=(0, 2))
+        x, g = x.reshape(-1, 1, x.shape[-1]), g.reshape(-1, 1, g.shape[-1])
+    total = np.zeros(x.shape[-1])
+    for a, b in zip(x.reshape(len(x), -1, x.shape[-1]), g.reshape(len(g), -1, g.shape[-1]), strict=True):
+        total += np.square(a.T @ b, dtype=np.float64).sum(axis=1)
     return total

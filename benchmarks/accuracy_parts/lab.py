@@ -6,6 +6,7 @@ Everything goes through the stages of `lrcompile.compile`; only which statistics
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,9 +16,9 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from accuracy_parts.baselines import Diagonal, Uncentred, absolute_means, fisher_rows
 
 import lrcompile
+from accuracy_parts.baselines import Diagonal, Uncentred, absolute_means, fisher_rows
 from lrcompile.build import build
 from lrcompile.calibrate import calibrate, mask_over, masks_of
 from lrcompile.child import Child
@@ -35,7 +36,7 @@ from lrcompile.refit import refit
 from lrcompile.registry import methods_of, runtime_of
 from lrcompile.rewrite import rewrite
 from lrcompile.sensitivity import judged_outputs, predicted
-from lrcompile.store import Cache, remove_folder
+from lrcompile.store import Cache, load_function, remove_folder, sha256
 from lrcompile.weights import ModelWeights
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,13 +118,19 @@ class Lab:
         if kind == "second":
             return Uncentred(plain)
         if kind == "absolute":
-            return Diagonal(plain, kind, absolute_means(self.source, self.finding, self.calibration, self.cache, self.scratch))
+            return Diagonal(
+                plain,
+                kind,
+                absolute_means(self.source, self.finding, self.calibration, self.cache, self.scratch),
+            )
         rows = fisher_rows(self.source, self.finding, self.calibration, self.cache, self.seed)
         return Refused(f"no gradients: {rows}") if isinstance(rows, str) else Diagonal(plain, kind, rows)
 
     # --- plans --------------------------------------------------------------------------------------------------------
 
-    def problem(self, methods: Sequence[str], statistics: StatisticsSource | None, allocated: bool) -> Problem:
+    def problem(
+        self, methods: Sequence[str], statistics: StatisticsSource | None, allocated: bool
+    ) -> Problem:
         """All forms of all groups; with measured sensitivities where ranks are to be allocated by them."""
         known = methods_of(methods)
         problem = self.prepared(known, statistics)
@@ -173,7 +180,20 @@ class Lab:
     # --- scores -------------------------------------------------------------------------------------------------------
 
     def scores(self, path: Path) -> dict[str, float]:
-        """By text: mean cosine to the dense embedding, or perplexity relative to dense."""
+        """By text: mean cosine to the dense embedding, or perplexity relative to dense. A file that was scored before is known."""
+        digest = "".join(sha256(file) for file in sorted(path.parent.iterdir()))
+        known = self.cache.remember(
+            (
+                "benchmark-scores",
+                self.source.key,
+                digest,
+                *(f"{t}:{key_of(f)}" for t, f in self.texts.items()),
+            ),
+            lambda: {text: np.array([value]) for text, value in self._scored(path).items()},
+        )
+        return {text: float(known[text][0]) for text in self.texts}
+
+    def _scored(self, path: Path) -> dict[str, float]:
         if not self._dense:
             with build(self.child, TARGET, self.source.path) as dense:
                 self._dense = {text: self._read(dense.run, feeds) for text, feeds in self.texts.items()}
@@ -185,24 +205,41 @@ class Lab:
     def _read(self, run: Run, feeds: Sequence[Feed]) -> Any:
         if self.model.cosine:
             return np.concatenate([run(feed)[EMBEDDING] for feed in feeds])
-        sys.path.insert(0, str(ROOT / "models"))
-        from perplexity import perplexity
+        return load_function(ROOT / "models" / "perplexity.py", "perplexity")(run, feeds)
 
-        return perplexity(run, feeds)
-
-    def moved(self, path: Path, feeds: Sequence[Feed]) -> float:
-        """How far the outputs move, counted as predictions count it: relative squared, KL of logits; padding left out."""
-        movements: dict[str, Movement] = {}
-        with build(self.child, TARGET, self.source.path) as dense, build(self.child, TARGET, path) as engine:
+    def outputs(self, path: Path, feeds: Sequence[Feed]) -> list[dict[str, Array]]:
+        """What a file gives on each feed, of the outputs by which plans are judged; without padding."""
+        found = []
+        with build(self.child, TARGET, path) as engine:
             for feed in feeds:
-                before, after = dense.run(feed), engine.run(feed)
-                for name in judged_outputs(list(before)):
-                    a, b = before[name], after[name]
-                    if a.ndim > 2 and (keep := mask_over(a, masks_of(feed))) is not None:
-                        a, b = a[keep], b[keep]
-                    movements.setdefault(name, Movement(name)).add(a, b)
-        sizes = [m.divergence / m.rows if m.is_logits else min(m.relative_l2**2, 4.0) for m in movements.values()]
-        return float(np.mean(sizes))
+                given = engine.run(feed)
+                found.append({n: unpadded(given[n], feed) for n in judged_outputs(list(given))})
+        return found
+
+
+def unpadded(array: Array, feed: Feed) -> Array:
+    keep = mask_over(array, masks_of(feed)) if array.ndim > 2 else None
+    return array if keep is None else array[keep]
+
+
+def movement(before: Sequence[Mapping[str, Array]], after: Sequence[Mapping[str, Array]]) -> float:
+    """How far outputs moved, counted as predictions count it: relative squared, KL of logits; the mean over outputs."""
+    movements: dict[str, Movement] = {}
+    for a, b in zip(before, after, strict=True):
+        for name in a:
+            movements.setdefault(name, Movement(name)).add(a[name], b[name])
+    sizes = [m.divergence / m.rows if m.is_logits else min(m.relative_l2**2, 4.0) for m in movements.values()]
+    return float(np.mean(sizes))
+
+
+def key_of(feeds: Sequence[Feed]) -> str:
+    """SHA-256 of the contents."""
+    digest = hashlib.sha256()
+    for feed in feeds:
+        for name in sorted(feed):
+            digest.update(repr((name, feed[name].dtype.str, feed[name].shape)).encode())
+            digest.update(np.ascontiguousarray(feed[name]).tobytes())
+    return digest.hexdigest()
 
 
 def mean_cosine(a: Array, b: Array) -> float:
@@ -224,7 +261,14 @@ def within(problem: Problem, keep: float) -> Plan:
 
 
 def open_lab(
-    model: Model, data: Path, child: Child, cache: Cache, scratch: Path, limit: int | None, seed: int, say: Callable[[str], None]
+    model: Model,
+    data: Path,
+    child: Child,
+    cache: Cache,
+    scratch: Path,
+    limit: int | None,
+    seed: int,
+    say: Callable[[str], None],
 ) -> Lab:
     """The model's folder under `data`, made by its recipe when it is not there. limit: rows or feeds of each data file."""
     folder = data / model.name

@@ -143,7 +143,11 @@ def test_plan_is_what_compile_does(home: Path, child: Child, tmp_path: Path) -> 
         compiled = lrcompile.compile(
             home / "model.onnx", tmp_path / str(len(budget)), options(home, **budget), child=child
         )
-        assert planned.decisions == compiled.plan.decisions
+        # what is refitted is measured when it is made: until then its error is that of the form without it
+        forms = [
+            [(d.group, d.method, d.rank, d.movement) for d in p.decisions] for p in (planned, compiled.plan)
+        ]
+        assert forms[0] == forms[1]
         shutil.rmtree(compiled.path)
 
 
