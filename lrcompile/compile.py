@@ -292,7 +292,7 @@ def _attempt(chosen: Plan, job: Job, number: int) -> Attempt:
 def factors_of(chosen: Plan, job: Study) -> tuple[FactorSet, ...]:
     """factorize: by the stored statistics, or each group by what the compressed part before it gives."""
     groups, options = group_by_name(job.finding), job.options
-    if job.statistics is None or job.calibration is None or not options.refit or not chosen.rewritten:
+    if job.statistics is None or job.calibration is None or not options.refits or not chosen.rewritten:
         return factorize(chosen, groups, job.weights, job.statistics, job.methods, options.seed, job.progress)
     set_limits(job.child, options, job.source, 6 * len(job.calibration))
     return refit(

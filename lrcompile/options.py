@@ -117,6 +117,13 @@ class Options:
         return options
 
     @property
+    def refits(self) -> bool:
+        """Whether factors are refitted. The plans that an error limit tries are not: each would cost three runs of the model more, and
+        where outputs must stay close refitting changes next to nothing (docs/accuracy.md).
+        """
+        return self.refit and (self.budget.bounds_size or self.plan is not None)
+
+    @property
     def searches(self) -> bool:
         """Whether forms of different groups compete: not where a plan, one rank or one energy says what each becomes."""
         b = self.budget

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lrcompile.calibrate import masks_of, rows_of, tap_of
-from lrcompile.feeds import Feeds
+from lrcompile.calibrate import rows_of, tap_of
+from lrcompile.feeds import Feeds, masks_of
 from lrcompile.gradients import Differentiable, default_cotangents, refusal
 from lrcompile.interfaces import Array, StatisticsSource
 from lrcompile.records import Finding, InputStatistics, Site, Source

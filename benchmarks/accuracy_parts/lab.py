@@ -20,11 +20,11 @@ import onnx_ir as ir
 import lrcompile
 from accuracy_parts.baselines import Diagonal, Uncentred, absolute_means, fisher_rows
 from lrcompile.build import build
-from lrcompile.calibrate import calibrate, mask_over, masks_of
+from lrcompile.calibrate import calibrate
 from lrcompile.child import Child
 from lrcompile.factorize import factorize
 from lrcompile.factors import FactorSet
-from lrcompile.feeds import Feed, Feeds, inputs_of, open_feeds
+from lrcompile.feeds import Feed, Feeds, inputs_of, mask_over, masks_of, open_feeds
 from lrcompile.figures import Movement
 from lrcompile.interfaces import Array, Factorization, StatisticsSource
 from lrcompile.lower import lower
@@ -181,7 +181,7 @@ class Lab:
 
     def scores(self, path: Path) -> dict[str, float]:
         """By text: mean cosine to the dense embedding, or perplexity relative to dense. A file that was scored before is known."""
-        digest = "".join(sha256(file) for file in sorted(path.parent.iterdir()))
+        digest = "".join(sha256(file) for file in sorted(path.parent.iterdir()) if file.is_file())
         known = self.cache.remember(
             (
                 "benchmark-scores",

@@ -69,7 +69,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def compiled(folder: Path, child: lrcompile.Child, cache: Path, **budget: Any) -> lrcompile.Result:
     onnx.save(network(), folder / "model.onnx")
-    options = lrcompile.Options(budget=Budget(**(budget or {"rank": 4})), data=DATA, cache=cache)
+    methods = budget.pop("methods", ("svd",))
+    given = Budget(**(budget or {"rank": 4}))
+    options = lrcompile.Options(methods=methods, budget=given, data=DATA, cache=cache)
     return lrcompile.compile(folder / "model.onnx", folder / "out", options, child=child)
 
 
@@ -136,6 +138,41 @@ def corrupt(factors: FactorSet, name: str, change: Callable[[Array], Array]) -> 
         return {n: change(a) if n == name else a for n, a in factors.load().items()}
 
     return dataclasses.replace(factors, load=load)
+
+
+def turned(a: Array) -> Array:
+    """Indices in another order, which is as legal as the right one."""
+    return np.ascontiguousarray(np.roll(a, 1))
+
+
+OTHERS: dict[str, dict[str, Callable[[Array], Array]]] = {
+    "pivoted": {"p": flipped, "c": one_number, "order": turned, "bias.0": flipped},
+    "slicing": {"weight.0": flipped, "weight.1": one_number, "bias.0": flipped},
+}
+
+
+@pytest.mark.parametrize(("method", "factor"), [(m, f) for m, factors in OTHERS.items() for f in factors])
+def test_a_factor_of_another_form(
+    method: str,
+    factor: str,
+    tmp_path: Path,
+    child: lrcompile.Child,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stages = STAGES["lrcompile.compile"]
+    rewrite = stages.rewrite
+    met: list[FactorSet] = []
+
+    def wrong(model: ir.Model, sets: Sequence[FactorSet]) -> ir.Model:
+        met[:] = [s for s in sets if factor in s.shapes][:1]
+        return rewrite(model, [corrupt(s, factor, OTHERS[method][factor]) if s in met else s for s in sets])
+
+    monkeypatch.setattr(stages, "rewrite", wrong)
+    with pytest.raises(VerificationError, match="output"):
+        compiled(tmp_path, child, cache, methods=(method,), keep=0.7)
+    assert met
+    nothing_published(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -16,24 +16,11 @@ import pytest
 
 import lrcompile
 
-ROOT = Path(__file__).resolve().parents[2]
-
 pytest.importorskip("torch")
 ort = pytest.importorskip("onnxruntime")
 
 TABLE = "embeddings.word_embeddings"
 MATMULS = r"encoder\.layer\..*/MatMul"
-
-
-@pytest.fixture(scope="session")
-def minilm() -> Path:
-    """The folder with model.onnx, calib.npz, heldout.npz and heldout_other.npz."""
-    folder = ROOT / "build" / "models" / "minilm"
-    if not (folder / "heldout_other.npz").is_file():
-        command = [sys.executable, str(ROOT / "models" / "minilm.py"), "-o", str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-2000:]
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -99,13 +86,16 @@ def test_full_rank_changes_nothing(minilm: Path, work: Path, child: lrcompile.Ch
 
 
 @pytest.mark.timeout(900)
-def test_svd_against_svd_plain(minilm: Path, work: Path, child: lrcompile.Child) -> None:
-    """`--keep 0.9` on the 36 MatMul, judged on two texts that were not calibrated on."""
-    model, verify = minilm / "model.onnx", small(minilm / "heldout.npz", work / "few.npz", 32)
-    given = {"svd": minilm / "calib.npz", "svd-plain": None}
-    for method, data in given.items():
+def test_the_default_against_svd_plain(minilm: Path, work: Path, child: lrcompile.Child) -> None:
+    """`--keep 0.75` on the 36 MatMul, calibrated on an eighth of the data and judged on two texts that were not.
+
+    The whole data is `tests/e2e/test_accuracy.py`'s.
+    """
+    model, few = minilm / "model.onnx", small(minilm / "calib.npz", work / "calib.npz", 56)
+    verify = small(minilm / "heldout.npz", work / "few.npz", 16)
+    for method, data in {"auto": few, "svd-plain": None}.items():
         options = lrcompile.Options(
-            budget=lrcompile.Budget(keep=0.9),
+            budget=lrcompile.Budget(keep=0.75),
             methods=(method,),
             data=data,
             verify_data=verify,
@@ -113,22 +103,21 @@ def test_svd_against_svd_plain(minilm: Path, work: Path, child: lrcompile.Child)
         )
         result = lrcompile.compile(model, work / method, options, child=child)
         rewritten = {s["name"] for s in result.manifest["sites"] if s["method"] != "dense"}
-        assert len(rewritten) == 36
-        assert all(re.fullmatch(MATMULS, name) for name in rewritten)
+        assert rewritten and all(re.fullmatch(MATMULS, name) for name in rewritten)
         sites = [s for s in result.manifest["sites"] if s["op"] == "MatMul"]
         kept = sum(s["parameters_after"] for s in sites) / sum(s["parameters_before"] for s in sites)
-        assert 0.88 < kept <= 0.9
+        assert 0.73 < kept <= 0.75
 
-    for text, least in (("heldout", 0.92), ("heldout_other", 0.85)):
-        data = minilm / f"{text}.npz"
+    for text, least in (("heldout", 0.94), ("heldout_other", 0.90)):
+        data = small(minilm / f"{text}.npz", work / f"{text}.npz", 96)
         want = embeddings(model, data)
-        found = {method: cosine(want, embeddings(work / method / "model.onnx", data)) for method in given}
-        sys.stdout.write(f"MiniLM --keep 0.9, {text}: cosine {found}\n")
-        assert found["svd"] >= least
-        assert found["svd"] >= found["svd-plain"] + 0.15
+        found = {m: cosine(want, embeddings(work / m / "model.onnx", data)) for m in ("auto", "svd-plain")}
+        sys.stdout.write(f"MiniLM --keep 0.75, {text}: cosine {found}\n")
+        assert found["auto"] >= least
+        assert found["auto"] >= found["svd-plain"] + 0.2
 
     # What is published needs nothing beside it.
-    out = work / "svd"
+    out = work / "auto"
     command = [
         *(str(Path(sys.executable).with_name("polygraphy")), "run", str(out / "model.onnx"), "--onnxrt"),
         *("--load-inputs", str(out / "inputs.json"), "--load-outputs", str(out / "outputs.json")),
