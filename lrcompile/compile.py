@@ -3,7 +3,7 @@
     load -> find -> calibrate -> plan -> factorize -> rewrite -> lower -> build -> verify -> publish
                                   ^---------------- revise(problem, trials) --------------|
 
-Every stage is a module of its name; between two stages stands a frozen value of `records.py`. What touches the disk, the clock or
+Every stage is a module of its name; between two stages stands a frozen value of `records`. What touches the disk, the clock or
 another process (cache, staging, child) is opened here and handed in.
 """
 

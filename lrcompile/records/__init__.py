@@ -1,0 +1,68 @@
+"""The frozen values that travel between the stages.
+
+Arrays are never inside a plan: only names, numbers and sentences are. Names of types follow the stages:
+``Source`` (load), ``Site`` and ``Group`` (find), ``InputStatistics`` (calibrate), ``Candidate``, ``Decision``
+and ``Plan`` (plan), ``Evidence`` (verify), ``Result`` (publish).
+
+sites.py       load and find      statistics.py  calibrate
+plans.py       plan               evidence.py    verify and publish
+"""
+
+from __future__ import annotations
+
+from lrcompile.records.evidence import (
+    Evidence,
+    OutputEvidence,
+    Result,
+    SiteReport,
+    Totals,
+    Tradeoff,
+    TradeoffPoint,
+)
+from lrcompile.records.plans import Amount, Budget, Candidate, Cost, Decision, Limit, Plan
+from lrcompile.records.sites import (
+    Bias,
+    Finding,
+    Follower,
+    Group,
+    Kind,
+    Layout,
+    Refusal,
+    Site,
+    Source,
+    Step,
+    Width,
+    Wiring,
+)
+from lrcompile.records.statistics import InputStatistics, Reaction
+
+__all__ = [
+    "Amount",
+    "Bias",
+    "Budget",
+    "Candidate",
+    "Cost",
+    "Decision",
+    "Evidence",
+    "Finding",
+    "Follower",
+    "Group",
+    "InputStatistics",
+    "Kind",
+    "Layout",
+    "Limit",
+    "OutputEvidence",
+    "Plan",
+    "Reaction",
+    "Refusal",
+    "Result",
+    "Site",
+    "SiteReport",
+    "Source",
+    "Step",
+    "Totals",
+    "Tradeoff",
+    "TradeoffPoint",
+    "Width",
+    "Wiring",
+]
