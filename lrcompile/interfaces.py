@@ -37,7 +37,9 @@ class StatisticsSource(Protocol):
 
 
 class Weights(Protocol):
-    """Weights of the model as matrices, read when asked for."""
+    """Weights of the model as matrices, read when asked for. opset: version of the default domain in which they are used."""
+
+    opset: int
 
     def matrix(self, site: Site) -> Array:
         """W of the site, float64, (K, N) for linear sites and (V, D) for lookups."""

@@ -3,7 +3,7 @@
 With z the dense model's input of a site, x what reaches it behind the groups that are compressed already, and both centred where a
 bias can absorb the means, the product x What is fitted to a target between two worlds:
 
-    M  = W + s (C + ridge)^-1 (D - C) W,      C = E[x x^T],   D = E[x z^T],   ridge = r diag C
+    M  = W + s (C + ridge)^-1 (D - C) W,      C = E[x x^T],   D = E[x z^T],   ridge = r diag C,   s = n / (2 n + 8 K)
     b* = b + ((1 - s) E[x] + s E[z]) W - E[x] M
 
 x M + b* is the best linear guess, s = 1, of the dense output z W + b, or the weight as it is, s = 0. The ridge pulls towards W, not
@@ -47,7 +47,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SHARE = 0.5  # s: measured best on MiniLM and SmolLM2
+SHARE = 0.5  # s, of many samples: measured best on MiniLM and SmolLM2
+_ENOUGH = 4  # rows a dimension at which half of that is left: of fewer the correction learns their noise
 _RIDGE = 1.0  # r: an input as loud as its own noise is half corrected
 _LEAST = 1e-9
 
@@ -74,7 +75,7 @@ def refit(
     stages = stages_of(source.model, [groups[d.group] for d in walking])
     walk = Walk(source, stages, statistics, feeds, child, target, scratch, progress)
     walk.put(sets)
-    known = "refit-2" + source.key + feeds.key + target + repr((SHARE, _RIDGE)) + _forms(plain)
+    known = "refit-3" + source.key + feeds.key + target + repr((SHARE, _RIDGE)) + _forms(plain)
     by_group = {d.group: d for d in walking}
     for index, stage in enumerate(stages):
         decisions = tuple(replace(by_group[g.name], bound=False) for g in stage.groups)
@@ -264,13 +265,19 @@ class LiveWeights(ModelWeights):
         if known is None or known.cross is None:
             return b
         assert b is not None and known.mean is not None and known.dense_mean is not None
-        between = (1 - SHARE) * known.mean + SHARE * known.dense_mean
+        share = _share(known)
+        between = (1 - share) * known.mean + share * known.dense_mean
         moved: Array = b + between @ self._dense.matrix(site) - known.mean @ self.matrix(site)
         return moved
 
     def key(self, site: Site) -> str:
         live = f"{self._live.key(site)}{site.name in self._centred}" if site.name in self._fitted else ""
         return self._dense.key(site) + live
+
+
+def _share(known: InputStatistics) -> float:
+    assert known.second is not None
+    return SHARE * known.count / (known.count + _ENOUGH * len(known.second))
 
 
 def _target(W: Array, known: InputStatistics, centred: bool) -> Array:
@@ -287,6 +294,6 @@ def _target(W: Array, known: InputStatistics, centred: bool) -> Array:
     moved = scipy.linalg.cho_solve(
         scipy.linalg.cho_factor(ridged, lower=True, check_finite=False), (D - C) @ W
     )
-    made: Array = W + SHARE * moved
+    made: Array = W + _share(known) * moved
     made.flags.writeable = False
     return made

@@ -46,6 +46,8 @@ _CLAIM_SLACK = 1e-7
 # No coefficient is larger: what is rounded in P comes out multiplied by the coefficients.
 _LARGEST = 2.0
 _FULL = (("form", "full"),)
+# Before it, Gather and Concat count axes from the front only, and how many there are is not known here.
+_OPSET = 11
 _INDEX_BYTES = 4
 # Rows a dimension from which a second moment is called well known (algorithms: 4 is the least, the field uses hundreds).
 _ENOUGH = 4
@@ -71,6 +73,8 @@ class Pivoted:
     def candidates(
         self, group: Group, weights: Weights, statistics: StatisticsSource | None, options: CandidateOptions
     ) -> Iterator[Candidate]:
+        if weights.opset < _OPSET:
+            return
         site = group.sites[0]
         N = _columns(group)
         full = min(site.K, N)

@@ -101,12 +101,17 @@ def model_of(kind: str, K: int, N: int, seed: int, rank: int) -> ir.Model:
 def statistics_of(sites: tuple[Site, ...], seed: int, samples: int) -> Statistics:
     rng = np.random.default_rng(seed + 1)
     known = {}
+    inputs: dict[str | None, Array] = {}
     for site in sites:
         if site.kind == "lookup":
             share = rng.dirichlet(np.ones(site.K))
             known[site.name] = InputStatistics(samples, frequencies=share)
         else:
-            X = rng.standard_normal((samples, site.K)) * np.geomspace(3, 0.01, site.K) + 0.5
+            if site.data.name not in inputs:  # who reads one value sees one moment
+                inputs[site.data.name] = (
+                    rng.standard_normal((samples, site.K)) * np.geomspace(3, 0.01, site.K) + 0.5
+                )
+            X = inputs[site.data.name]
             reaction = None
             if seed % 2:  # known of every other model: how its outputs react
                 A, B = (rng.standard_normal((n, n)) for n in (site.K, site.N))

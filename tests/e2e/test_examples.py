@@ -16,12 +16,15 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 WANTED = {
     "onnx_ir_pass": (
         "2 of 2 groups rewritten",
-        "nodes: Mul MatMul Add Relu MatMul -> Mul MatMul MatMul Add Relu MatMul MatMul",
+        "nodes: Mul MatMul Add Relu MatMul -> Mul MatMul MatMul Concat Add Relu MatMul MatMul Concat Gather",
         "a second time: nothing left to do",
     ),
-    "graphsurgeon_pass": ("-> Mul MatMul MatMul Add Relu MatMul MatMul", "outputs: y hidden"),
+    "graphsurgeon_pass": (
+        "-> Mul MatMul MatMul Concat Gather Add Relu MatMul MatMul Concat Gather",
+        "outputs: y hidden",
+    ),
     "gs_script": (
-        "nodes: Mul MatMul Add Relu MatMul -> MatMul MatMul Add Relu MatMul MatMul",
+        "nodes: Mul MatMul Add Relu MatMul -> MatMul MatMul Concat Add Relu MatMul MatMul Concat Gather",
         "passed: cosine 0.99",
     ),
     "polygraphy_compare": (

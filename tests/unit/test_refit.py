@@ -20,7 +20,7 @@ from lrcompile.factorize import factorize
 from lrcompile.factors import FactorSet
 from lrcompile.feeds import Feeds, inputs_of, open_feeds
 from lrcompile.interfaces import CandidateOptions
-from lrcompile.records import Finding, Plan, Source
+from lrcompile.records import Finding, InputStatistics, Plan, Source
 from lrcompile.refit import refit
 from lrcompile.registry import factorization
 from lrcompile.rewrite import reconstructed
@@ -161,6 +161,7 @@ def test_the_target_is_that_of_the_samples(
 ) -> None:
     """M and b* by least squares over raw samples: |X M - Z W|^2 / n + |ridge (M - W)|^2, means apart where there is a bias."""
     monkeypatch.setattr(module, "SHARE", share)
+    monkeypatch.setattr(module, "_ENOUGH", 0)  # as of many samples
     spy = Spy(SVD)
     one, _ = study(chain(bias), DATA, tmp_path).refit({"one": (spy, 3), "two": (spy, 3)})
     M, moved = spy.given["two"]
@@ -338,8 +339,9 @@ def bias_of(name: str) -> Forms:
 
 
 @pytest.mark.parametrize("name", ["plain svd", "one of three without"])
-def test_biases_that_nobody_corrects(name: str, tmp_path: Path) -> None:
+def test_biases_that_nobody_corrects(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A method that leaves biases alone gets a target that needs none: mean outputs stay where they were, as far as they can."""
+    monkeypatch.setattr(module, "_ENOUGH", 0)  # as of many samples
     made = transformer(2, keys_biased=name != "one of three without")
     known = study(made, [rows(i, 32) for i in range(4)], tmp_path, "ort-cpu")
     spy = Spy(PLAIN if name == "plain svd" else SVD)
@@ -552,3 +554,10 @@ def test_the_models_run_two_to_three_times(tmp_path: Path) -> None:
         assert child.calls.count("lrcompile.refit:watch") == 4 * layers * 2
         assert child.calls.count("lrcompile.carrier:run_part") <= 2 * 4 * layers * 2
     assert calls[1] <= 2 * calls[0] + 2 * 4
+
+
+def test_of_few_samples_little_is_learned() -> None:
+    """s = SHARE n / (n + 4 K)."""
+    moment = np.eye(10)
+    shares = [module._share(InputStatistics(n, moment, np.zeros(10))) for n in (0, 40, 4_000_000)]
+    np.testing.assert_allclose(shares, [0.0, module.SHARE / 2, module.SHARE], rtol=1e-4)
