@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from lrcompile.axes import Axes, Axis, Part, is_cut, is_given, length, number, ours, regroup
+from lrcompile.axes import Axes, Axis, Part, innermost, is_cut, is_given, length, number, ours, regroup
 from lrcompile.extents import Extents
 from lrcompile.graph import FLOATS, dims, tensor_of
 from lrcompile.records import Follower, Site
+from lrcompile.rotations import rotation_of
 
 _PLAIN = frozenset({"Identity", "Cast", "Dropout"})
 ELEMENTWISE = _PLAIN | frozenset(
@@ -51,7 +52,10 @@ class Reshaped:
 
 @dataclass(slots=True)
 class Way:
-    """Values on the way and their axes. carriers: values that hold the size of something on the way as a number."""
+    """Values on the way and their axes. carriers: values that hold the size of something on the way as a number.
+
+    turning: nodes of rotary embeddings, and which value each of them turns; turned: how many numbers each embedding turns.
+    """
 
     kind: str
     sites: tuple[Site, ...]
@@ -60,6 +64,8 @@ class Way:
     carriers: set[ir.Value] = field(default_factory=set)
     reshaped: list[Reshaped] = field(default_factory=list)
     followers: list[Follower] = field(default_factory=list)
+    turning: dict[ir.Node, ir.Value] = field(default_factory=dict)
+    turned: list[int] = field(default_factory=list)
 
     @property
     def firsts(self) -> tuple[Site, ...]:
@@ -84,6 +90,8 @@ class Way:
             return f"{name} computes with the size that would be cut"
         if node.op_type in _ROTATIONS:
             return _rotary(name)
+        if self.kind == "query_key" and (passed := self._turn(node, tracked)) is not None:
+            return passed
         if node.op_type == "Shape":
             axes = self.axes[node.inputs[0]]  # type: ignore[index]
             start, end = node.attributes.get("start"), node.attributes.get("end")
@@ -117,6 +125,34 @@ class Way:
             return f"{name} has several outputs that are read"
         self.axes[node.outputs[0]] = made
         return [node.outputs[0]]
+
+    def _turn(self, node: ir.Node, tracked: list[int]) -> list[ir.Value] | str | None:
+        """A rotary embedding, passed as a whole where its first node is met; None when the node belongs to none that can be cut."""
+        value = node.inputs[tracked[0]]
+        assert value is not None
+        if node in self.turning:
+            alone = all(node.inputs[i] is self.turning[node] for i in tracked)
+            return [] if alone else _rotary(label(node))
+        axes = self.axes[value]
+        size = innermost(axes[-1]) if axes else 1
+        if size % 2 or number(axes[-1]) != size:
+            return None
+        found = rotation_of(value, len(axes), size, self.extents)
+        if (
+            found is None
+            or node not in found.nodes
+            or any(v in self.axes or v in self.carriers for v in found.angles)
+        ):
+            return None
+        for angle in found.angles:
+            theirs = self.extents.axes(angle)
+            assert theirs is not None  # its last axis is known
+            axes = self._broadcast(found.output, axes, theirs)
+        self.axes[found.output] = axes
+        self.turning.update(dict.fromkeys(found.nodes, value))
+        self.turned.append(size)
+        self.followers.extend(found.followers)
+        return [found.output]
 
     def _carry(self, node: ir.Node) -> list[ir.Value] | str:
         """A node that only meets the size as a number: part of the way a shape is computed."""
@@ -374,7 +410,10 @@ class Way:
 
 
 def _rotary(name: str) -> str:
-    return f"rotary embedding: {name} turns pairs of a head's numbers by their position, so only whole planes could be cut"
+    return (
+        f"rotary embedding: {name} turns a head's numbers by their position, and not as x * cos + rotate_half(x) * sin, of which whole "
+        "planes could be cut"
+    )
 
 
 def _is_symbol(entry: Axis) -> bool:

@@ -7,7 +7,9 @@ corrected the mean's share is gone, so the covariance stands above. For a group 
     qkv, gate_up     of all outputs side by side
     up_down          of what the last weight makes of the hidden layer
     value_output     of z Wo, z the mixed values: with Wv' = Wv A a head, z' Wo' = z A Wo'
-    query_key        of the scores q k^T before the softmax, which does not see what is the same for all keys: k is centred
+    query_key        of the scores q k^T before the softmax, which does not see what is the same for all keys: k is centred;
+                     behind a rotary embedding of the scores q R k^T, on average over its angles, as if each of a head's planes were
+                     turned by any angle alike and by itself: then planes do not mix, and k counts as it is, for its mean is turned too
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from lrcompile.interfaces import Array, Constant, StatisticsSource, Weights
-from lrcompile.records import Group, InputStatistics, Site
+from lrcompile.records import Group, InputStatistics, Site, Width
 
 Changed = Mapping[Constant, Array]
 
@@ -90,6 +92,8 @@ def _query_key(
     query, key = group.sites
     width = group.width
     assert width is not None
+    if width.planes:
+        return _turned_scores(group, width, weights, statistics, changed)
     known = statistics.of(query) if statistics is not None else None
     heard = statistics.of(key) if statistics is not None else None
     Wq, Wk = weights.matrix(query), weights.matrix(key)
@@ -107,6 +111,53 @@ def _query_key(
             lost += float(np.sum((Sq[columns, columns] @ E) * (E @ Sk[rows, rows])))
             all_ += float(np.sum(Sq[columns, columns] * Sk[rows, rows]))
     return _ratio(lost, all_)
+
+
+def _turned_scores(
+    group: Group, width: Width, weights: Weights, statistics: StatisticsSource | None, changed: Changed
+) -> float:
+    """Of a plane's q, k and changed q', k' (2,): E |q R k^T - q' R k'^T|^2, R any rotation, is half of
+
+    tr X^T X' + tr X^T J X' J^T,  X, X' (4, 4) the moments of (q, -q') and (k, k'),  J two quarter turns
+    """
+    query, key = group.sites
+    J = np.kron(np.eye(2), np.array([[0.0, 1.0], [-1.0, 0.0]]))
+    signs = np.array([1.0, 1.0, -1.0, -1.0])
+    lost = all_ = 0.0
+    for head in range(width.heads):
+        K = _moments_of_planes(key, head, width, weights, statistics, changed)
+        for reader in range(head * width.repeat, (head + 1) * width.repeat):
+            Q = _moments_of_planes(query, reader, width, weights, statistics, changed)
+            lost += float(np.sum(Q * np.outer(signs, signs) * (K + J @ K @ J.T)))
+            all_ += float(np.sum(_trace_of_first(Q) * _trace_of_first(K)))
+    return _ratio(lost, all_)
+
+
+def _moments_of_planes(
+    site: Site,
+    head: int,
+    width: Width,
+    weights: Weights,
+    statistics: StatisticsSource | None,
+    changed: Changed,
+) -> Array:
+    """(planes, 4, 4): of a head's numbers in a plane, before and after the change."""
+    columns = slice(head * width.size, (head + 1) * width.size)
+    W, b = weights.matrix(site), weights.bias(site)
+    both = np.hstack([W[:, columns], changed[site.name, "weight"][:, columns]])
+    shifts = None
+    if b is not None:
+        shifts = np.concatenate([b[columns], changed.get((site.name, "bias"), b)[columns]])
+    known = statistics.of(site) if statistics is not None else None
+    half = width.size // 2
+    at = np.arange(half)[:, None] + half * np.arange(4)
+    moments: Array = second_of_output(both, shifts, known)[at[:, :, None], at[:, None, :]]
+    return moments
+
+
+def _trace_of_first(moments: Array) -> Array:
+    found: Array = np.trace(moments[:, :2, :2], axis1=1, axis2=2)
+    return found
 
 
 def second_of_output(W: Array, bias: Array | None, known: InputStatistics | None) -> Array:

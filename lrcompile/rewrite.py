@@ -350,29 +350,62 @@ def _follow(
     kept: Array,
     names: Names,
 ) -> None:
-    """Cut the constants between the sites of a group to the channels that are left, and give Reshapes the new size of a head."""
+    """Cut what is read between the sites of a group to the channels that are left, and give Reshapes the new size of a head."""
     width = group.width
     assert width is not None
     size = edits[group.sites[0].name, "weight"].shape[1] // (
         width.heads * (width.repeat if group.kind == "query_key" else 1)
     )
+    gathered: dict[ir.Value, ir.Value] = {}
+    index: ir.Value | None = None
     for follower in width.followers:
         node = twins[follower.node]
         old = node.inputs[follower.index]
         assert old is not None
+        tensor = tensor_of(old)
         if follower.axis is None:
-            array = np.array([size if n is None else n for n in follower.shape], np.int64)
+            # bounds of a Slice are of one type, which may be the smaller one
+            dtype = ir.DataType.INT64 if tensor is None else tensor.dtype
+            new = size // 2 if follower.half else size
+            array = np.array([new if n is None else n for n in follower.shape], dtype.numpy())
             node.attributes.pop("allowzero", None)
-            dtype = ir.DataType.INT64
+        elif tensor is None or width.planes:  # a table of cos or sin is read by all layers
+            if old not in gathered:
+                index = index or _initializer(
+                    model,
+                    names.value(f"{group.name}/kept"),
+                    ir.DataType.INT32,
+                    kept.shape,
+                    partial(_same, kept),
+                )
+                gathered[old] = _gather(group, node, old, follower.axis, index, names)
+            node.replace_input_with(follower.index, gathered[old])
+            continue
         else:
-            tensor = tensor_of(old)
-            assert tensor is not None
             array, dtype = np.take(tensor.numpy(), kept, axis=follower.axis), tensor.dtype
         value = _initializer(
             model, names.value(f"{group.name}/follower"), dtype, array.shape, partial(_same, array)
         )
         node.replace_input_with(follower.index, value)
         _drop(model, old)
+
+
+def _gather(
+    group: Group, reader: ir.Node, old: ir.Value, axis: int, index: ir.Value, names: Names
+) -> ir.Value:
+    """The kept channels of a value, taken as soon as it is made: others of the group read them too."""
+    graph = reader.graph
+    assert graph is not None
+    gather = ir.node("Gather", [old, index], {"axis": axis}, name=names.node(f"{group.name}/take"))
+    made = gather.outputs[0]
+    made.name, made.type = names.value(f"{group.name}/taken"), old.type
+    gather.metadata_props["lrcompile.group"] = group.name
+    maker = old.producer()
+    if maker is not None and maker.graph is graph:
+        graph.insert_after(maker, gather)
+    else:  # an input, or made around a body
+        graph.insert_before(graph[0], gather)
+    return made
 
 
 def _forget_shapes(model: ir.Model, cut: Sequence[ir.Node]) -> None:

@@ -5,7 +5,8 @@ rows (or, of queries and keys, to the product where they are contracted), with a
 
 FFN: a column passes element-wise operators alone, so any columns may be kept; constants with an entry a column follow.
 Heads: the numbers of a head are mixed by a matrix before they are cut, so nothing on the way may tell one from another or add to them:
-scalar factors, shuffles of axes, masks of rows, probabilities from the left, copies for grouped queries.
+scalar factors, shuffles of axes, masks of rows, probabilities from the left, copies for grouped queries. Where queries and keys are
+turned by a rotary embedding (`rotations`) nothing is mixed, and whole planes may be kept.
 
 Shapes: an entry that holds the size as a number becomes a follower; one computed by Shape from a value on the way follows by itself, and
 may go nowhere but into such shapes. `width_of` answers with a sentence where it meets anything else.
@@ -132,8 +133,12 @@ def _measure(way: Way, last: ir.Node) -> Width | str:
     if isinstance(found, str):
         return found
     size, heads, repeat = found
+    if any(n != size for n in way.turned):
+        return "rotary embedding: it turns the numbers of several heads, or of a part of one, as if they were a head"
     shapes = shape_followers(way, size)
-    return shapes if isinstance(shapes, str) else Width(size, heads, repeat, (*way.followers, *shapes))
+    if isinstance(shapes, str):
+        return shapes
+    return Width(size, heads, repeat, (*way.followers, *shapes), planes=bool(way.turned))
 
 
 def _size(way: Way, site: int) -> int:

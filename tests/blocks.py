@@ -70,10 +70,15 @@ def attention(
     scale: str = "div",
     form: str = "4d",
     mask: bool = False,
+    turn: str = "",
     opset: int = 18,
 ) -> ir.Model:
-    """x + attention(x). split, merge, keys, scale, form: how heads are told apart and together, and how scores are made; see the code."""
+    """x + attention(x). split, merge, keys, scale, form: how heads are told apart and together, and how scores are made; see the code.
+
+    turn: a rotary embedding of queries and keys, see `Turn`.
+    """
     b = Block()
+    turned = Turn(b, turn) if turn else None
     few = HEADS // repeat
     q, k, v = (
         b.linear("x", f"w{name}", WIDTH, n * SIZE, bias=bias, seed=i)
@@ -117,7 +122,10 @@ def attention(
     else:
         q, k, v = heads(q, HEADS), heads(k, few), heads(v, few)
         q, v = b.op("Transpose", q, perm=[0, 2, 1, 3]), repeated(b.op("Transpose", v, perm=[0, 2, 1, 3]))
-        if keys == "one transpose":
+        if turned is not None:
+            q, k = turned(q), repeated(turned(b.op("Transpose", k, perm=[0, 2, 1, 3])))
+            kt = b.op("Transpose", k, perm=[0, 1, 3, 2])
+        elif keys == "one transpose":
             kt = b.op("Transpose", k, perm=[0, 2, 3, 1])
         else:
             k = repeated(b.op("Transpose", k, perm=[0, 2, 1, 3]))
@@ -158,6 +166,51 @@ def attention(
                 "Reshape", back, b.op("Concat", b.dim(back, 0), b.dim(back, 1), ints(WIDTH), axis=0)
             )
     return b.made(b.op("Add", b.linear(together, "wo", WIDTH, WIDTH, bias=bias, seed=3), "x"), opset)
+
+
+class Turn:
+    """x cos + rotate_half(x) sin as Hugging Face writes it, x (batch, heads, sequence, size).
+
+    form: "slices" (as torch exports it), "split" (halves by Split, factors on the left), "sizes" (a Split that is given sizes), "table"
+    (cos and sin are constants, bounds are int32 and end where the head ends), "interleaved" (numbers 2 i and 2 i + 1 are a plane).
+    """
+
+    def __init__(self, b: Block, form: str, size: int = SIZE) -> None:
+        self.b, self.form, self.size = b, form, size
+        half = size // 2
+        speeds = (100.0 ** (-np.arange(half) / half)).astype(np.float32)
+        if form == "table":
+            angles = np.arange(ROWS, dtype=np.float32)[:, None] * np.tile(speeds, 2)
+            self.cos, self.sin = (b.const(f(angles)[None, None]) for f in (np.cos, np.sin))
+            return
+        b.inputs["positions"] = (("b", "s"), np.int64)
+        places = b.op("Cast", b.op("Unsqueeze", "positions", ints(2)), to=onnx.TensorProto.FLOAT)
+        by_speed = b.op("Mul", places, speeds)
+        angle = b.op("Concat", by_speed, by_speed, axis=-1)
+        self.cos, self.sin = (b.op("Unsqueeze", b.op(kind, angle), ints(1)) for kind in ("Cos", "Sin"))
+
+    def __call__(self, x: str) -> str:
+        b, half = self.b, self.size // 2
+        if self.form == "slices":
+            first = b.op("Slice", x, ints(0), ints(half), ints(3), ints(1))
+            second = b.op("Slice", x, ints(half), ints(2**63 - 1), ints(3), ints(1))
+        elif self.form == "table":
+            bounds = [np.array([n], np.int32) for n in (0, half, self.size, -1)]
+            first = b.op("Slice", x, bounds[0], bounds[1], bounds[3])
+            second = b.op("Slice", x, bounds[1], bounds[2], bounds[3])
+        elif self.form == "interleaved":
+            first, second = (b.op("Slice", x, ints(i), ints(self.size), ints(3), ints(2)) for i in (0, 1))
+        else:
+            more = [b.const(ints(half, half))] if self.form == "sizes" else []
+            attributes = {} if more else {"num_outputs": 2}
+            first, second = f"v{len(b.nodes)}a", f"v{len(b.nodes)}b"
+            b.nodes.append(
+                node("Split", [x, *more], [first, second], name=f"split_{x}", axis=-1, **attributes)
+            )
+        turned = b.op("Concat", b.op("Neg", second), first, axis=-1 if self.form == "slices" else 3)
+        if self.form in ("split", "sizes"):
+            return b.op("Add", b.op("Mul", self.sin, turned), b.op("Mul", self.cos, x))
+        return b.op("Add", b.op("Mul", x, self.cos), b.op("Mul", turned, self.sin))
 
 
 HIDDEN = 40
@@ -224,7 +277,9 @@ def feeds(made: ir.Model, seed: int = 0, batch: int = BATCH) -> dict[str, Array]
     for value in made.graph.inputs:
         assert value.shape is not None and value.name is not None
         shape = tuple(d if isinstance(d, int) else batch if str(d) == "b" else ROWS for d in value.shape)
-        if value.dtype == ir.DataType.BOOL:
+        if value.name == "positions":
+            found[value.name] = np.tile(np.arange(shape[1]), (shape[0], 1))
+        elif value.dtype == ir.DataType.BOOL:
             found[value.name] = rng.random(shape) < 0.2
         else:
             # a low-rank part, so that a cut has something to gain

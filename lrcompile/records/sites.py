@@ -198,30 +198,34 @@ class Site:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Follower:
-    """A constant that must follow when the width between the sites of a group is cut.
+    """What must follow when the width between the sites of a group is cut.
 
-    node, index: who reads it. axis: of a constant with one entry a channel, the axis that is cut to the kept channels; None for the
-    shape of a Reshape, which becomes `shape`: 0 keeps a dimension, None is the new size of a head.
+    node, index: who reads it. axis: of a value with one entry a channel, the axis that is cut to the kept channels: of a constant in the
+    file, of anything else, and of a rotary embedding's cos and sin, by a Gather; None for the shape of a Reshape (or bounds of a Slice,
+    sizes of a Split), which becomes `shape`: 0 keeps a dimension, None is the new size of a head. half: None is half of that size.
     """
 
     node: ir.Node
     index: int
     axis: int | None = None
     shape: tuple[int | None, ...] = ()
+    half: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Width:
-    """What lies between the sites of a group that can be cut narrower without another node.
+    """What lies between the sites of a group that can be cut narrower, without another node but the Gathers of followers.
 
     size: of a head (of the whole hidden layer of an FFN, heads being 1). heads: of the first site (of a key: its own). repeat: how
-    many heads of the last site read one of the first (grouped queries). followers: constants on the way that must follow.
+    many heads of the last site read one of the first (grouped queries). followers: what on the way must follow. planes: a rotary
+    embedding turns a head's numbers i and i + size / 2 together, so that only such pairs can be cut, the same ones of all heads.
     """
 
     size: int
     heads: int = 1
     repeat: int = 1
     followers: tuple[Follower, ...] = ()
+    planes: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)

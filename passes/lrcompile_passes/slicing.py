@@ -1,4 +1,5 @@
-"""Slicing: what lies between two weights is cut narrower, and both weights with it. No node is added; every product becomes smaller.
+"""Slicing: what lies between two weights is cut narrower, and both weights with it. Every product becomes smaller, and but for two Gathers
+of cos and sin per layer with rotary embeddings no node is added.
 
 FFN, y = h Wd + b, h (H,) = act(x Wu) (times x Wg): r of the H neurons are kept, set S. With M = E[h h^T] + eps I
 
@@ -21,9 +22,14 @@ Queries and keys, scores q k^T: per key head q' = q A, k' = k B, both (s, r). Wi
 and cov(k) = T T^T: A = T V, B = T^-T V, V the leading eigenvectors of T^T Q T; lost is the sum of the others. The covariance, because
 a softmax does not see what is the same for all keys. Each pair of columns is scaled so that q' and k' vary alike.
 
+Behind a rotary embedding, scores q R k^T, R of planes turned by their position: r/2 whole planes are kept, the same of all heads of a
+layer, because cos and sin, which all layers and heads share, are cut by one Gather each (the only nodes that slicing adds). Averaged over
+angles planes do not mix, and what a plane p adds to the squared scores is sum over the heads of E|q_p|^2 E|k_p|^2 / 2: those that add
+least go. Where the reaction is known they go one by one, each time the one whose loss from the queries moves the outputs least.
+
 rank: the neurons that stay, or the size of a head that stays.
 
-Sources: Hassibi and Stork 1993 (optimal brain surgeon); Lin et al., MoDeGPT, 2024 (types I and III); Tai et al., FLAT-LLM, 2025.
+Sources: Hassibi and Stork 1993 (optimal brain surgeon); Lin et al., MoDeGPT, 2024 (types I, II and III); Tai et al., FLAT-LLM, 2025.
 Refuses groups between whose sites the core found no width that can be cut, with the core's sentence.
 """
 
@@ -89,11 +95,12 @@ class Slicing:
         if options.full or statistics is None or width is None:
             return
         itemsize = weights.itemsize(group.sites[0])
-        step = options.multiple if group.kind == "up_down" else max(1, width.size // _SIZES)
+        unit = 2 if width.planes else 1
+        step = options.multiple if group.kind == "up_down" else unit * max(1, width.size // _SIZES // unit)
         ranks = options.ranks if options.ranks is not None else range(step, width.size, step)
         note = _note(group, statistics)
         for rank in ranks:
-            if 1 <= rank < width.size:
+            if 1 <= rank < width.size and rank % unit == 0:
                 numbers = sum(s.K * s.N for s in group.sites) * rank // width.size
                 cost = Cost(numbers, numbers * itemsize, 2 * numbers)
                 error, movement = _claims(group, width, weights, statistics, rank)
@@ -171,6 +178,8 @@ def _claims(
     """The relative error at this width, and how far it is predicted to move the model's outputs, where that is known."""
     if group.kind == "up_down":
         found, at = _order(group, weights, statistics), rank
+    elif width.planes:
+        found, at = _turned(group, width, weights, statistics), rank // 2
     elif group.kind == "query_key":
         found, at = _planes(group, width, weights, statistics), rank
     else:
@@ -481,9 +490,73 @@ def _second_of_output(W: Array, bias: Array | None, known: InputStatistics) -> A
     return moment
 
 
+def _turned(group: Group, width: Width, weights: Weights, statistics: StatisticsSource) -> Factors:
+    """order (s/2,): the planes, those that go last first; lost (s/2 + 1,), the relative squared loss of keeping the first of them."""
+
+    def compute() -> Factors:
+        query = group.sites[0]
+        asked, heard = (
+            _squares(weights.matrix(s), weights.bias(s), _known(s, statistics))
+            .reshape(width.heads, -1, 2, width.size // 2)
+            .sum(axis=2)
+            for s in group.sites
+        )
+        energy = np.einsum("hrp,hp->p", asked, heard[:, 0])
+        reaction = _reaction(query, weights, statistics)
+        if reaction is None:
+            order, _ = _least(np.diag(energy))
+        else:
+            (C, G), W = reaction, weights.matrix(query)
+            felt = ((W.T @ C @ W) * G.T).reshape(-1, width.size // 2, len(G))
+            felt = felt.sum(axis=0).reshape(width.size // 2, -1, width.size // 2).sum(axis=1)
+            order, movement = _least(felt)
+        lost = np.concatenate([np.cumsum(energy[order][::-1])[::-1], [0.0]])
+        found = {"order": order, "lost": lost / max(float(energy.sum()), np.finfo(np.float64).tiny)}
+        return found if reaction is None else {**found, "movement": movement}
+
+    return weights.remember(("slicing", "turned-1", *_seen(group, weights, statistics)), compute)
+
+
+def _squares(W: Array, bias: Array | None, known: InputStatistics) -> Array:
+    """E[y^2] (N,) of y = x W + b."""
+    assert known.second is not None and known.mean is not None
+    found: Array = np.einsum("kn,kn->n", W, known.second @ W)
+    return found if bias is None else found + bias * (2.0 * (known.mean @ W) + bias)
+
+
+def _least(T: Array) -> tuple[Array, Array]:
+    """Which go last first, and what keeping the first r costs: the sum of T over the rows and columns of those that went."""
+    gone: list[int] = []
+    costs = [0.0]
+    steps = np.diagonal(T).copy()
+    for _ in range(len(T)):
+        j = int(np.argmin(steps))
+        costs.append(costs[-1] + float(steps[j]))
+        gone.append(j)
+        steps += T[:, j] + T[j]
+        steps[j] = np.inf
+    return np.array(gone[::-1]), np.array(costs[::-1])
+
+
+def _cut_planes(
+    group: Group, width: Width, weights: Weights, statistics: StatisticsSource, rank: int
+) -> Factors:
+    planes = np.sort(_turned(group, width, weights, statistics)["order"][: rank // 2].astype(np.int64))
+    kept = np.concatenate([planes, planes + width.size // 2])
+    factors = {"kept": kept.astype(np.int32)}
+    for i, site in enumerate(group.sites):
+        columns = (np.arange(site.N // width.size)[:, None] * width.size + kept).reshape(-1)
+        factors[f"weight.{i}"] = weights.matrix(site)[:, columns]
+        if (bias := weights.bias(site)) is not None:
+            factors[f"bias.{i}"] = bias[columns]
+    return factors
+
+
 def _cut_queries(
     group: Group, width: Width, weights: Weights, statistics: StatisticsSource, rank: int
 ) -> Factors:
+    if width.planes:
+        return _cut_planes(group, width, weights, statistics, rank)
     query, key = group.sites
     planes = _planes(group, width, weights, statistics)
     A = np.repeat(planes["a"][:, :, :rank], width.repeat, axis=0)

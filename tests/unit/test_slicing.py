@@ -16,7 +16,7 @@ from lrcompile.factorize import factorize
 from lrcompile.factors import FactorSet
 from lrcompile.interfaces import CandidateOptions
 from lrcompile.loss import group_loss
-from lrcompile.records import Candidate, Group, Plan
+from lrcompile.records import Candidate, Group, InputStatistics, Plan
 from lrcompile.registry import factorization
 from lrcompile.rewrite import reconstructed, rewrite
 from lrcompile.store import Cache
@@ -44,6 +44,15 @@ ATTENTIONS: dict[str, dict[str, Any]] = {
     "grouped queries": {"repeat": 2, "bias": False},
     "one key head": {"repeat": 4, "split": "computed"},
     JOINED: {"form": "3d"},
+}  # fmt: skip
+TURNED: dict[str, dict[str, Any]] = {
+    "rotary": {"turn": "slices"},
+    "rotary, grouped queries, without biases (Llama)": {"turn": "slices", "repeat": 2, "bias": False, "scale": "both", "mask": True},
+    "rotary, shapes from Shape, Gather, Concat": {"turn": "slices", "repeat": 2, "split": "computed", "merge": "computed", "opset": 14},
+    "rotary, one key head": {"turn": "slices", "repeat": 4, "split": "last"},
+    "rotary, halves by Split": {"turn": "split", "split": "shared", "merge": "shared"},
+    "rotary, halves by Split of given sizes": {"turn": "sizes", "repeat": 2},
+    "rotary, a table in the file": {"turn": "table", "split": "numbers"},
 }  # fmt: skip
 FFNS: dict[str, dict[str, Any]] = {
     "Gelu": {},
@@ -79,7 +88,11 @@ def check(made: ir.Model, group: Group, rank: int, cache: Cache) -> FactorSet:
     assert sum(a.size for n, a in arrays.items() if n.startswith("weight")) == candidate.cost.parameters
     assert candidate.bound and factors.measured <= candidate.error + 1e-6
     ours, oracle = rewrite(made, (factors,)), reconstructed(made, (factors,))
-    assert len(list(ours.graph)) <= len(list(made.graph)) and not ours.functions  # no node is added
+    assert group.width is not None and not ours.functions
+    # no node is added, but of cos and of sin the planes are taken
+    takes = [n for n in ours.graph if n.name is not None and n.name.startswith(f"{group.name}/take")]
+    assert len(takes) == (2 if group.width.planes else 0)
+    assert len(list(ours.graph)) - len(takes) <= len(list(made.graph))
     for seed in range(2):
         given = blocks.feeds(made, seed, batch=2 + seed)
         a, b = blocks.run(oracle, given)[0], blocks.run(ours, given)[0]
@@ -103,10 +116,26 @@ def test_attention(name: str, kind: str, cache: Cache) -> None:
     check(made, group, 4, cache)
 
 
-def test_both_cuts_of_one_attention(cache: Cache) -> None:
-    made = blocks.attention(**ATTENTIONS["shapes from Shape, Gather, Concat (TorchScript)"])
+@pytest.mark.parametrize("rank", [2, 4])
+@pytest.mark.parametrize("name", TURNED)
+def test_rotary_attention(name: str, rank: int, cache: Cache) -> None:
+    made = blocks.attention(**TURNED[name])
+    group = blocks.groups(made)["query_key"]
+    assert group.width is not None and group.width.planes, group.refusal
+    kept = check(made, group, rank, cache).load()["kept"]
+    assert np.array_equal(
+        kept[rank // 2 :], kept[: rank // 2] + SIZE // 2
+    )  # whole planes, the first halves first
+
+
+@pytest.mark.parametrize(
+    "options",
+    [ATTENTIONS["shapes from Shape, Gather, Concat (TorchScript)"], {"turn": "slices", "repeat": 2}],
+)
+def test_both_cuts_of_one_attention(options: dict[str, Any], cache: Cache) -> None:
+    made = blocks.attention(**options)
     found = blocks.groups(made)
-    sets = [cut(made, found[kind], rank, cache)[0] for kind, rank in (("value_output", 4), ("query_key", 3))]
+    sets = [cut(made, found[kind], rank, cache)[0] for kind, rank in (("value_output", 4), ("query_key", 2))]
     given = blocks.feeds(made)
     a, b = blocks.run(reconstructed(made, sets), given)[0], blocks.run(rewrite(made, sets), given)[0]
     np.testing.assert_allclose(b, a, atol=ROUNDED * float(np.abs(a).max()), rtol=0)
@@ -237,6 +266,76 @@ def test_a_shift_of_all_keys_costs_nothing() -> None:
         return [c.error for c in SLICING.candidates(group, new_weights(), statistics, CandidateOptions())]
 
     assert claims(0.0) == claims(100.0)
+
+
+# --- planes of a rotary embedding ----------------------------------------------------------------------------------
+
+
+def test_planes_are_claimed_as_measured() -> None:
+    """The loss is made of moments of both weights, the claim of traces: they agree at every size, and only even ones are offered."""
+    made = blocks.attention(turn="slices", repeat=2)
+    group, weights = blocks.groups(made)["query_key"], new_weights()
+    statistics = blocks.statistics(made, group.sites)
+    found = list(SLICING.candidates(group, weights, statistics, CandidateOptions(ranks=tuple(range(SIZE)))))
+    assert [c.rank for c in found] == [2, 4]
+    for candidate in found:
+        changed = SLICING.reconstruct(group, SLICING.factorize(group, weights, statistics, candidate, 0))
+        measured = group_loss(group, weights, statistics, changed)
+        assert candidate.error - 1e-5 < measured <= candidate.error
+
+
+def test_the_loss_of_turned_scores_is_an_average_over_angles() -> None:
+    """Against q R k^T with angles drawn for each plane, the moments being those of drawn rows, and any changed weights."""
+    made = blocks.attention(turn="slices", bias=False)
+    group, weights = blocks.groups(made)["query_key"], new_weights()
+    rng = np.random.default_rng(0)
+    X = rng.standard_normal((2, 200, WIDTH))
+    known = {
+        s.name: InputStatistics(200, x.T @ x / 200, x.mean(axis=0))
+        for s, x in zip(group.sites, X, strict=True)
+    }
+    changed = {
+        (s.name, "weight"): weights.matrix(s) + 0.1 * rng.standard_normal((WIDTH, WIDTH)) for s in group.sites
+    }
+    planes = (200, HEADS, 2, SIZE // 2)
+    q, k = (x @ weights.matrix(s) for s, x in zip(group.sites, X, strict=True))
+    p, m = (x @ changed[s.name, "weight"] for s, x in zip(group.sites, X, strict=True))
+    q, k, p, m = (np.moveaxis(v.reshape(planes), 2, -1) @ np.array([1, 1j]) for v in (q, k, p, m))
+    lost = all_ = 0.0
+    for _ in range(200):
+        R = np.exp(2j * np.pi * rng.random((HEADS, SIZE // 2)))
+        exact = np.einsum("ahp,bhp->abh", q * R, k.conj()).real
+        lost += float(np.sum((exact - np.einsum("ahp,bhp->abh", p * R, m.conj()).real) ** 2))
+        all_ += float(np.sum(exact**2))
+    measured = group_loss(group, weights, blocks.Statistics(known), changed)
+    assert measured == pytest.approx(np.sqrt(lost / all_), rel=0.02)
+
+
+def test_planes_go_by_what_they_add() -> None:
+    """A plane that is dead in all key heads goes first and costs nothing."""
+    made = blocks.attention(turn="slices", bias=False, repeat=2)
+    W = made.graph.initializers["wk"].const_value.numpy().copy()  # type: ignore[union-attr]
+    W.reshape(WIDTH, -1, 2, SIZE // 2)[..., 1] = 0.0
+    made.graph.initializers["wk"].const_value = ir.tensor(W)
+    group, weights = blocks.groups(made)["query_key"], new_weights()
+    statistics = blocks.statistics(made, group.sites)
+    (candidate,) = SLICING.candidates(group, weights, statistics, CandidateOptions(ranks=(4,)))
+    assert candidate.error < 2e-6
+    assert SLICING.factorize(group, weights, statistics, candidate, 0)["kept"].tolist() == [0, 2, 3, 5]
+
+
+def test_planes_go_one_by_one_with_what_went() -> None:
+    """Errors of planes that went add up, or cancel: against brute force at each step."""
+    rng = np.random.default_rng(3)
+    V = rng.standard_normal((8, 5))
+    T = V @ V.T
+    order, costs = __import__("lrcompile_passes.slicing", fromlist=["_least"])._least(T)
+    gone: list[int] = []
+    for r in range(8, 0, -1):
+        assert costs[r] == pytest.approx(T[np.ix_(gone, gone)].sum(), abs=1e-9)
+        left = [j for j in range(8) if j not in gone]
+        assert order[r - 1] == min(left, key=lambda j: T[np.ix_([*gone, j], [*gone, j])].sum())
+        gone.append(int(order[r - 1]))
 
 
 def test_what_is_offered() -> None:

@@ -16,7 +16,7 @@ import pytest
 from lrcompile.axes import Axes, Axis, Part, innermost, is_cut, length, number, regroup
 from lrcompile.records import Group, Width
 from tests import blocks
-from tests.blocks import BATCH, HEADS, HIDDEN, ROWS, SIZE, WIDTH, Block, ints
+from tests.blocks import BATCH, HEADS, HIDDEN, ROWS, SIZE, WIDTH, Block, Turn, ints
 from tests.graphs import normal
 
 B, S = (Part("b"),), (Part("s"),)
@@ -124,6 +124,25 @@ def test_copies_of_a_head_follow() -> None:
     assert sorted(shapes(found), key=str) == sorted([SPLIT, few, copied, joined], key=str)
 
 
+@pytest.mark.parametrize(
+    ("form", "bounds"),
+    [
+        ("slices", [("Slice", 2), ("Slice", 1)]),
+        ("table", [("Slice", 2), ("Slice", 1)]),
+        ("split", []),
+        ("sizes", [("Split", 1)]),
+    ],
+)
+def test_planes_of_a_rotary_embedding(form: str, bounds: list[Any]) -> None:
+    """Of queries and of keys: cos and sin, and the bounds of the halves."""
+    found = width(blocks.attention(turn=form, repeat=2), "query_key")
+    assert (found.size, found.heads, found.repeat, found.planes) == (SIZE, HEADS // 2, 2, True)
+    factors = [(f.node.op_type, f.axis) for f in found.followers if f.axis is not None]
+    assert factors == 4 * [("Mul", 3)]
+    assert [(f.node.op_type, f.index) for f in found.followers if f.half] == 2 * bounds
+    assert not width(blocks.attention(), "query_key").planes
+
+
 @pytest.mark.parametrize(("act", "axes"), [("Gelu", []), ("prelu", [2]), ("channels", [1, 0])])
 def test_constants_with_an_entry_a_channel_follow(act: str, axes: list[int]) -> None:
     """Biases are the sites' own and no followers."""
@@ -172,14 +191,42 @@ def refusal(made: ir.Model, kind: str) -> str:
     return group.refusal
 
 
-def rotary(b: Block, value: str) -> str:
-    """q cos + rotated(q) sin, the angles from positions."""
-    b.inputs["positions"] = ("b", 1, "s", 1)
-    angles = b.op("Mul", "positions", normal(SIZE))
-    half = SIZE // 2
-    first, second = (b.op("Slice", value, ints(i), ints(i + half), ints(3)) for i in (0, half))
-    turned = b.op("Concat", b.op("Neg", second), first, axis=-1)
-    return b.op("Add", b.op("Mul", value, b.op("Cos", angles)), b.op("Mul", turned, b.op("Sin", angles)))
+def interleaved(b: Block, value: str) -> str:
+    return Turn(b, "interleaved")(value)
+
+
+def of_a_part(b: Block, value: str) -> str:
+    """A rotary embedding of the first numbers of a head only."""
+    first, rest = (b.op("Slice", value, ints(i), ints(j), ints(3)) for i, j in ((0, 4), (4, SIZE)))
+    return b.op("Concat", Turn(b, "slices", 4)(first), rest, axis=-1)
+
+
+def of_two_heads(b: Block, value: str) -> str:
+    """Numbers of two heads are a plane."""
+    flat = b.op("Transpose", value, perm=[0, 2, 1, 3])
+    wide = b.op("Transpose", b.op("Reshape", flat, ints(0, 0, HEADS // 2, 2 * SIZE)), perm=[0, 2, 1, 3])
+    turned = b.op("Transpose", Turn(b, "slices", 2 * SIZE)(wide), perm=[0, 2, 1, 3])
+    return b.op("Transpose", b.op("Reshape", turned, ints(0, 0, HEADS, SIZE)), perm=[0, 2, 1, 3])
+
+
+def with_a_reader_inside(b: Block, value: str) -> str:
+    turned = Turn(b, "slices")(value)
+    b.outputs.append(next(n.output[0] for n in b.nodes if n.op_type == "Neg"))
+    return turned
+
+
+def by_its_own_angles(b: Block, value: str) -> str:
+    """What multiplies the numbers is made of them."""
+    turn = Turn(b, "slices")
+    turn.cos = b.op("Neg", value)
+    return turn(value)
+
+
+def by_one_angle(b: Block, value: str) -> str:
+    """One cosine for all planes: no entry a number that could be taken."""
+    turn = Turn(b, "slices")
+    turn.cos = b.op("ReduceMean", turn.cos, ints(-1))
+    return turn(value)
 
 
 def cached(b: Block, value: str) -> str:
@@ -218,8 +265,14 @@ def zeros_of_size(b: Block, value: str) -> str:
 
 
 REFUSED: list[tuple[str, str, Callable[[Block, str], str], str]] = [
-    ("query_key", "q", rotary, "rotary embedding: "),
-    ("query_key", "k", rotary, "rotary embedding: "),
+    ("query_key", "q", interleaved, "rotary embedding: "),
+    ("query_key", "k", interleaved, "rotary embedding: "),
+    ("query_key", "k", of_a_part, "rotary embedding: "),
+    ("query_key", "k", of_two_heads, "rotary embedding: it turns the numbers of several heads"),
+    ("query_key", "k", with_a_reader_inside, "rotary embedding: "),
+    ("query_key", "k", by_its_own_angles, "rotary embedding: "),
+    ("query_key", "k", by_one_angle, "rotary embedding: "),
+    ("query_key", "k", lambda b, v: cached(b, Turn(b, "slices")(v)), "joins a cache of keys or values"),
     ("query_key", "k", cached, "joins a cache of keys or values"),
     ("query_key", "k", given_out, "is an output of the graph"),
     ("query_key", "q", normalised, "Mul 'Mul_"),
