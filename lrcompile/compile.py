@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -176,10 +176,11 @@ def study(model: str | Path | ir.Model, options: Options, shop: Workshop, progre
             progress=progress,
         )  # fmt: skip
         if options.gradients:
-            statistics, _ = reacting(
+            statistics, why_not = reacting(
                 source, finding, statistics, calibration, child=shop.child, cache=shop.cache, seed=options.seed,
                 progress=progress,
             )  # fmt: skip
+            source = replace(source, notes=(*source.notes, *filter(None, [why_not])))
     return Study(
         options, runtime, methods, source, finding, weights, statistics, calibration, held_out, shop.child, shop.scratch,
         progress,

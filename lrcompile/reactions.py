@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lrcompile.calibrate import blocks_of
+from lrcompile.errors import BuildError
 from lrcompile.feeds import masks_of
 from lrcompile.interfaces import Array, StatisticsSource
 from lrcompile.progress import Progress, silent
@@ -114,12 +115,16 @@ def reacting(
         with cache.scratch() as scratch:
             path = save_model(source.model, new_folder(scratch / "model"), external=True)
             for done, feed in enumerate(few):
-                told = child.call(
-                    "lrcompile.reactions:accumulate", str(path), feed, outputs, tuple(watches[n] for n in missing),
-                    str(scratch), (seed, done),
-                )  # fmt: skip
+                try:
+                    told = child.call(
+                        "lrcompile.reactions:accumulate", str(path), feed, outputs, tuple(watches[n] for n in missing),
+                        str(scratch), (seed, done),
+                    )  # fmt: skip
+                except BuildError as error:  # derivatives take more memory and time than the model alone
+                    told = str(error)
                 if told:
-                    logger.info("sensitivities alone: %s", told)
+                    told = f"plans go by measured sensitivity alone: {told}"
+                    logger.info(told)
                     return statistics, told
                 progress("reactions", done + 1, len(few))
             for index, name in enumerate(missing):
