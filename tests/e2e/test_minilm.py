@@ -87,11 +87,11 @@ def test_full_rank_changes_nothing(minilm: Path, work: Path, child: lrcompile.Ch
 
 @pytest.mark.timeout(900)
 def test_the_default_against_svd_plain(minilm: Path, work: Path, child: lrcompile.Child) -> None:
-    """`--keep 0.75` on the 36 MatMul, calibrated on an eighth of the data and judged on two texts that were not.
+    """`--keep 0.75` on the 36 MatMul, calibrated on 32 rows and judged on two texts that were not.
 
     The whole data is `tests/e2e/test_accuracy.py`'s.
     """
-    model, few = minilm / "model.onnx", small(minilm / "calib.npz", work / "calib.npz", 56)
+    model, few = minilm / "model.onnx", small(minilm / "calib.npz", work / "calib.npz", 32)
     verify = small(minilm / "heldout.npz", work / "few.npz", 16)
     for method, data in {"auto": few, "svd-plain": None}.items():
         options = lrcompile.Options(
@@ -108,8 +108,8 @@ def test_the_default_against_svd_plain(minilm: Path, work: Path, child: lrcompil
         kept = sum(s["parameters_after"] for s in sites) / sum(s["parameters_before"] for s in sites)
         assert 0.73 < kept <= 0.75
 
-    for text, least in (("heldout", 0.94), ("heldout_other", 0.90)):
-        data = small(minilm / f"{text}.npz", work / f"{text}.npz", 96)
+    for text, least in (("heldout", 0.93), ("heldout_other", 0.88)):
+        data = small(minilm / f"{text}.npz", work / f"{text}.npz", 64)
         want = embeddings(model, data)
         found = {m: cosine(want, embeddings(work / m / "model.onnx", data)) for m in ("auto", "svd-plain")}
         sys.stdout.write(f"MiniLM --keep 0.75, {text}: cosine {found}\n")
