@@ -56,7 +56,7 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 # --- what there is to see --------------------------------------------------------------------------------------------
 
 demo: $(VENV)/.installed  ## set up, compile all-MiniLM-L6-v2, verify it, print the table; leaves demo-out/
-	$(BIN)/python models/minilm.py -o $(DATA) --cache build/cache
+	$(BIN)/python models/minilm.py -o $(DATA) --cache build/cache --size 128
 	$(BIN)/lrcompile compile $(DATA)/model.onnx -o demo-out --force --target ort-cpu \
 		--data $(DATA)/calib.npz --verify-data $(DATA)/heldout_other.npz --keep 0.9
 
