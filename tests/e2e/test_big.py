@@ -93,7 +93,7 @@ def test_memory_at_full_rank(tmp_path: Path) -> None:
 def test_memory_of_a_middling_model(tmp_path: Path) -> None:
     """The same promise where it is quickly tested: nothing grows with the number of layers."""
     options = "keep=0.5 data=calib.npz verify_data=heldout.npz"
-    compiled(generated(tmp_path / "model", 48, 512), tmp_path, options, limit(512, 512))
+    compiled(generated(tmp_path / "model", 16, 512), tmp_path, options, limit(512, 512))
 
 
 # -- accidents ---------------------------------------------------------------------------------------------------------

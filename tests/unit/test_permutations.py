@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
@@ -523,6 +523,10 @@ def test_any_chain(steps: Sequence[tuple[str, str]], seed: int, methods: str) ->
             inputs[other] = ("n", N)
     nodes.append(node("MatMul", [f"v{len(steps)}", "wd"], ["y"], name="down"))
     made = model(nodes, inputs, ["y"], constants)
+    orders = [s.load()["order"] for s in sets_of(find(made), chosen, 3) if "order" in s.shapes]
+    assume(
+        not any(np.array_equal(o, np.arange(N)) for o in orders)
+    )  # one in 56 puts its columns where they were
     lowered = compiled(made, chosen)
     open_ended = any(kind == "input" for kind, _ in steps)
     pivoted = list(chosen.values()).count("pivoted")
