@@ -35,12 +35,13 @@ MODELS = {
     m.name: m
     for m in (
         Model(
-            "minilm", "models/minilm.py", (0.9, 0.75, 0.5), "calib.npz", {SAME: "heldout.npz", OTHER: "heldout_other.npz"},
+            "minilm", "MiniLM",
+            "models/minilm.py", (0.9, 0.75, 0.5), "calib.npz", {SAME: "heldout.npz", OTHER: "heldout_other.npz"},
             cosine=True, plans=True, ffn=True,
         ),
-        Model("smollm2", "models/smollm2.py", (0.9, 0.8, 0.6), "calib", {SAME: "heldout", OTHER: "heldout_other"}, cosine=False),
+        Model("smollm2", "SmolLM2-135M", "models/smollm2.py", (0.9, 0.8, 0.6), "calib", {SAME: "heldout", OTHER: "heldout_other"}, cosine=False),
         # random weights: to see that the script runs, in a minute
-        Model("tiny_llama", "models/tiny_llama.py", (0.9, 0.6), "calib", {SAME: "heldout"}, cosine=False, plans=True, ffn=True),
+        Model("tiny_llama", "tiny_llama", "models/tiny_llama.py", (0.9, 0.6), "calib", {SAME: "heldout"}, cosine=False, plans=True, ffn=True),
     )
 }  # fmt: skip
 
@@ -80,7 +81,7 @@ weigh an error on both sides, by gradients; *all of this* refits each layer to w
 def section(lab: Lab, keeps: Sequence[float], blocks: Sequence[str], seconds: float, about: str) -> str:
     """A model's part of the page."""
     model = lab.model
-    parts = [f"## {model.name}", about]
+    parts = [f"## {model.title}", about]
     timed = checks.cost(lab, keeps[len(keeps) // 2])[0] if "cost" in blocks else ""
     if "table" in blocks:
         cells = dict(fill(lab, ROWS, keeps))
@@ -102,7 +103,7 @@ def section(lab: Lab, keeps: Sequence[float], blocks: Sequence[str], seconds: fl
 
 
 def page(old: str, sections: Mapping[str, str]) -> str:
-    """The page with these sections new, and those of other models as they stand."""
+    """The page with these sections (by title) new, and those of other models as they stand."""
     known = {m[1]: m[0].rstrip() for m in re.finditer(r"^## (\S+)$.*?(?=^## |\Z)", old, re.M | re.S)}
     return "\n\n".join([INTRODUCTION, *{**known, **sections}.values()]) + "\n"
 
@@ -178,8 +179,8 @@ def main() -> None:
                 lab = open_lab(model, data, child, cache, scratch, options.rows, options.seed, talker())
                 text = section(lab, keeps, blocks, options.seconds, "ABOUT")
                 about = circumstances(lab, command, (before, os.getloadavg()[0]))
-            sections[name] = text.replace("ABOUT", about, 1)
-            print(sections[name], flush=True)
+            sections[model.title] = text.replace("ABOUT", about, 1)
+            print(sections[model.title], flush=True)
             if options.output is not None:  # after each model: the next one may take hours
                 old = read_text(options.output) if options.output.is_file() else ""
                 write_text(options.output, page(old, sections))

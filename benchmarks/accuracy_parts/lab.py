@@ -49,12 +49,13 @@ Run = Callable[[Feed], Mapping[str, Array]]
 
 @dataclass(frozen=True)
 class Model:
-    """A model of `models/`. cosine: judged by the mean cosine of its embedding, else by perplexity relative to dense.
+    """A model of `models/`. title: of its section. cosine: judged by the mean cosine of its embedding, else by perplexity relative to dense.
 
     texts: held-out data, a file or a folder beside the model, by the name of its column.
     """
 
     name: str
+    title: str
     recipe: str
     keeps: tuple[float, ...]
     data: str
