@@ -129,7 +129,14 @@ def interface(model: onnx.ModelProto) -> object:
 ON_THE_COMMAND_LINE = [graph for graph in corpus(5, 40) if graph.runs_on_ort][:20]
 
 
-@pytest.mark.parametrize("graph", ON_THE_COMMAND_LINE, ids=range(20))
+# each is two cold processes: eight of them in every run, all twenty in `make test-all`
+@pytest.mark.parametrize(
+    "graph",
+    [
+        pytest.param(graph, id=str(i), marks=[pytest.mark.slow] if i >= 8 else [])
+        for i, graph in enumerate(ON_THE_COMMAND_LINE)
+    ],
+)
 def test_identity_from_the_command_line(graph: OddGraph, tmp_path: Path, child: lrcompile.Child) -> None:
     path, out = tmp_path / "model.onnx", tmp_path / "out"
     onnx.save(graph.model, path)
