@@ -7,13 +7,23 @@ A file under ``passes/lrcompile_passes`` ends with ``factorizations: tuple[Facto
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 
-from lrcompile.records import Candidate, Decision, Group, InputStatistics, Kind, Refusal, Site
+from lrcompile.records import (
+    Built,
+    Candidate,
+    Decision,
+    EngineOptions,
+    Group,
+    InputStatistics,
+    Kind,
+    Refusal,
+    Site,
+)
 
 if TYPE_CHECKING:  # half a second, which every child process would pay
     import onnx_ir as ir
@@ -154,6 +164,10 @@ class Factorization(Protocol):
         """Candidates by rising rank, each with its cost and error."""
         ...
 
+    def shapes(self, group: Group, candidate: Candidate) -> Mapping[str, tuple[int, ...]]:
+        """Shape of every array that `factorize` gives, biases left out: what a form is timed with before it is computed."""
+        ...
+
     def factorize(
         self,
         group: Group,
@@ -190,16 +204,24 @@ class Factorization(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Availability:
-    """Whether a target works here; reason says what is missing and how to get it, versions what is there."""
+    """Whether engines for a target can be built here; reason says what is missing and how to get it, versions what is there.
+
+    unrunnable: why an engine that is built cannot run here (no such GPU), empty where it can.
+    """
 
     ok: bool
     reason: str = ""
     versions: tuple[tuple[str, str], ...] = ()
+    unrunnable: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
-    """How an engine is built. optimize: False switches the runtime's graph optimisations off (noise floor)."""
+    """How an engine is built and loaded. optimize: False switches the runtime's graph optimisations off (noise floor).
+
+    cache: a folder for what builders keep between runs (timing and kernel caches); None: nothing is kept. serialized: an engine
+    file of ours to load instead of building, whose SHA-256 must be `sha256`.
+    """
 
     target: str
     threads: int = 1
@@ -207,10 +229,14 @@ class BuildOptions:
     exact: bool = (
         True  # ask the runtime for its accurate kernels: we compare, so it must not add errors of its own
     )
+    engine: EngineOptions = field(default_factory=EngineOptions)
+    cache: Path | None = None
+    serialized: Path | None = None
+    sha256: str = ""
 
 
-class Engine(Protocol):
-    """A loaded model that runs. Lives in a child process; a context manager."""
+class Runs(Protocol):
+    """What gives outputs for feeds: an engine, one in another process, or outputs that were stored. A context manager."""
 
     def run(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
         """Outputs by name, in the model's order. feeds: one array an input."""
@@ -220,9 +246,20 @@ class Engine(Protocol):
         """What really runs: provider, device, version."""
         ...
 
-    def __enter__(self) -> Engine: ...
+    def __enter__(self) -> Self: ...
 
     def __exit__(self, *exc: object) -> None: ...
+
+
+class Engine(Runs, Protocol):
+    """A loaded model that runs. Lives in a child process."""
+
+    def bound(self, feeds: Mapping[str, Array]) -> Callable[[int], None]:
+        """A function that runs the engine so many times in a row on these feeds, and returns when the last run has ended.
+
+        Feeds lie, and outputs stay, where the engine computes: what is timed is the engine, not the way there and back.
+        """
+        ...
 
 
 class Rewrite(Protocol):
@@ -251,6 +288,14 @@ class Runtime(Protocol):
     def lowering(self, target: str) -> tuple[Rewrite, ...]: ...
 
     def supports(self, decision: Decision, target: str) -> Refusal | None: ...
+
+    def engine_file(self, target: str) -> str | None:
+        """Name of the file that a serialized engine is published under; None where the ``.onnx`` file itself is what runs."""
+        ...
+
+    def serialize(self, model: Path, out: Path, options: BuildOptions) -> Built:
+        """Build the engine and write it to `out`; needs no device that could run it. Only asked of targets with an engine file."""
+        ...
 
     def build(self, model: Path, options: BuildOptions) -> Engine:
         """Load the file, ready to run. Raises BuildError with the runtime's own words."""

@@ -26,7 +26,7 @@ from polygraphy.logger import G_LOGGER
 from lrcompile.errors import LrcompileError, UsageError, VerificationError
 from lrcompile.feeds import Feed, Feeds, mask_over, masks_of
 from lrcompile.figures import Movement
-from lrcompile.interfaces import Array, BuildOptions, Engine
+from lrcompile.interfaces import Array, BuildOptions, Runs
 from lrcompile.lean import without_torch
 from lrcompile.records import Evidence, Limit, OutputEvidence
 
@@ -57,7 +57,7 @@ class EngineRunner(BaseRunner):  # type: ignore[misc]
     eps: by output, the relative distance of two neighbouring numbers of its type.
     """
 
-    def __init__(self, engine: Engine, like: Feed, name: str) -> None:
+    def __init__(self, engine: Runs, like: Feed, name: str) -> None:
         super().__init__(name=name)
         self._engine, self._like = engine, like
         self.eps: dict[str, float] = {}
@@ -103,7 +103,7 @@ class Strict:
                 self.movements.setdefault(name, Movement(name)).add(*pair)
 
 
-def compare(first: Engine, second: Engine, feeds: Iterable[Feed], padding: bool = True) -> Strict:
+def compare(first: Runs, second: Runs, feeds: Iterable[Feed], padding: bool = True) -> Strict:
     """Both engines on the same feeds, one feed at a time. Raises VerificationError when nothing could be compared.
 
     padding: whether rows of outputs that an input mask takes out are compared too: what the model makes of them nobody reads.
@@ -169,9 +169,7 @@ def check_rewrite(
         return differences(a, b, noise, feeds, "the original with reconstructed weights")
 
 
-def differences(
-    first: Engine, second: Engine, noise: Noise, feeds: Iterable[Feed], what: str
-) -> tuple[str, ...]:
+def differences(first: Runs, second: Runs, noise: Noise, feeds: Iterable[Feed], what: str) -> tuple[str, ...]:
     """Where two engines differ by more than noise and rounding allow, in sentences. what: the first one's name in them."""
     policy = compare(first, second, feeds)
     return (*policy.failures, *(f for m in policy.movements.values() for f in _wrong(m, noise, what)))
@@ -191,7 +189,7 @@ def _wrong(moved: Movement, known: Noise, what: str) -> Iterator[str]:
         )
 
 
-def measure(first: Engine, second: Engine, feeds: Feeds, metric: tuple[Metric, float] | None) -> Evidence:
+def measure(first: Runs, second: Runs, feeds: Feeds, metric: tuple[Metric, float] | None) -> Evidence:
     """Second question: figures of every output on held-out data, without the rows of padding. The verdict is `judge`'s.
 
     metric: the user's function and what it says of the original.
@@ -203,7 +201,7 @@ def measure(first: Engine, second: Engine, feeds: Feeds, metric: tuple[Metric, f
     return Evidence(figures, "ran", feeds.origin, "passed", values, (*policy.failures, *problems))
 
 
-def score(metric: Metric, engine: Engine, feeds: Feeds) -> float:
+def score(metric: Metric, engine: Runs, feeds: Feeds) -> float:
     """The user's metric of an engine. Raises UsageError with what the function raised."""
     try:
         return float(metric(engine.run, feeds))

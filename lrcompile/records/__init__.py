@@ -6,10 +6,12 @@ and ``Plan`` (plan), ``Evidence`` (verify), ``Result`` (publish).
 
 sites.py       load and find      statistics.py  calibrate
 plans.py       plan               evidence.py    verify and publish
+engines.py     build
 """
 
 from __future__ import annotations
 
+from lrcompile.records.engines import Built, EngineOptions, Precision, ShapeRange
 from lrcompile.records.evidence import (
     Evidence,
     OutputEvidence,
@@ -40,9 +42,11 @@ __all__ = [
     "Amount",
     "Bias",
     "Budget",
+    "Built",
     "Candidate",
     "Cost",
     "Decision",
+    "EngineOptions",
     "Evidence",
     "Finding",
     "Follower",
@@ -53,9 +57,11 @@ __all__ = [
     "Limit",
     "OutputEvidence",
     "Plan",
+    "Precision",
     "Reaction",
     "Refusal",
     "Result",
+    "ShapeRange",
     "Site",
     "SiteReport",
     "Source",

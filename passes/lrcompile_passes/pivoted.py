@@ -108,6 +108,16 @@ class Pivoted:
                     index_bytes=_INDEX_BYTES * N if group.shares_weight and rank < N else 0,
                 )  # fmt: skip
 
+    def shapes(self, group: Group, candidate: Candidate) -> Mapping[str, tuple[int, ...]]:
+        assert candidate.rank is not None
+        N, rank = _columns(group), candidate.rank
+        found: dict[str, tuple[int, ...]] = {"p": (group.sites[0].K, rank)}
+        if rank < N:
+            found["c"] = (rank, N - rank)
+        if not group.shares_weight:
+            return {**found, **{f"order.{i}": (s.N,) for i, s in enumerate(group.sites)}}
+        return {**found, "order": (N,)} if rank < N else found
+
     def factorize(
         self,
         group: Group,

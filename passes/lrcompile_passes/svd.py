@@ -94,6 +94,13 @@ class Svd:
                 movement = float(movements[rank]) if movements is not None else None
                 yield Candidate(self.name, rank, cost(rank), error, bound, note=note, movement=movement)
 
+    def shapes(self, group: Group, candidate: Candidate) -> Mapping[str, tuple[int, ...]]:
+        assert candidate.rank is not None
+        K, rank = group.sites[0].K, candidate.rank
+        if group.shares_weight:
+            return {"a": (K, rank), "b": (rank, group.sites[0].N)}
+        return {"a": (K, rank), **{f"b.{i}": (rank, s.N) for i, s in enumerate(group.sites)}}
+
     def factorize(
         self,
         group: Group,

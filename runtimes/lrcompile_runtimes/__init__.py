@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +65,18 @@ def check_feeds(ports: Iterable[Port], feeds: Mapping[str, Array]) -> None:
             raise UsageError(
                 f"no array was given for input {port}; given: {', '.join(sorted(feeds)) or 'none'}"
             )
+
+
+def repeated(
+    run: Callable[[Mapping[str, Array]], object], feeds: Mapping[str, Array]
+) -> Callable[[int], None]:
+    """`interfaces.Engine.bound` of an engine that computes where its feeds lie."""
+
+    def times(count: int) -> None:
+        for _ in range(count):
+            run(feeds)
+
+    return times
 
 
 def words(error: Exception, limit: int = 500) -> str:

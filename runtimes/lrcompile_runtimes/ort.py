@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lrcompile.errors import BuildError, PluginError
 from lrcompile.interfaces import Availability, BuildOptions, Engine, Rewrite, Runtime
-from lrcompile.records import Decision, Refusal
-from lrcompile_runtimes import Port, check_feeds, words
+from lrcompile.records import Built, Decision, Refusal
+from lrcompile_runtimes import Port, check_feeds, repeated, words
 
 if TYPE_CHECKING:
     import numpy as np
@@ -87,6 +87,9 @@ class OrtEngine:
     def _run_raw(self, feeds: Mapping[str, Array]) -> list[Array]:
         values = {name: _to_ort(self._ort, array) for name, array in feeds.items()}
         return [_from_ort(value) for value in self._session.run_with_ort_values(None, values)]
+
+    def bound(self, feeds: Mapping[str, Array]) -> Callable[[int], None]:
+        return repeated(self.run, feeds)
 
     def describe(self) -> dict[str, str]:
         return {
@@ -223,6 +226,12 @@ class OrtRuntime:
 
     def supports(self, decision: Decision, target: str) -> Refusal | None:
         return None
+
+    def engine_file(self, target: str) -> str | None:
+        return None
+
+    def serialize(self, model: Path, out: Path, options: BuildOptions) -> Built:
+        raise AssertionError("a target without an engine file")
 
     def build(self, model: Path, options: BuildOptions) -> Engine:
         return OrtEngine(model, options)

@@ -7,14 +7,14 @@ model is read into memory. What it lacks (an operator, a type) is refused when t
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lrcompile.errors import BuildError
 from lrcompile.interfaces import Availability, BuildOptions, Engine, Rewrite, Runtime
-from lrcompile.records import Decision, Refusal
-from lrcompile_runtimes import Port, check_feeds, words
+from lrcompile.records import Built, Decision, Refusal
+from lrcompile_runtimes import Port, check_feeds, repeated, words
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,6 +51,9 @@ class ReferenceEngine:
             raise BuildError(f"the reference evaluator cannot run the model: {words(error)}") from error
         named = zip(self._outputs, outputs, strict=True)
         return {name: np.asarray(value) if isinstance(value, np.generic) else value for name, value in named}
+
+    def bound(self, feeds: Mapping[str, Array]) -> Callable[[int], None]:
+        return repeated(self.run, feeds)
 
     def describe(self) -> dict[str, str]:
         return {"runtime": "reference", "device": "CPU", "version": importlib.metadata.version("onnx")}
@@ -96,6 +99,12 @@ class ReferenceRuntime:
 
     def supports(self, decision: Decision, target: str) -> Refusal | None:
         return None
+
+    def engine_file(self, target: str) -> str | None:
+        return None
+
+    def serialize(self, model: Path, out: Path, options: BuildOptions) -> Built:
+        raise AssertionError("a target without an engine file")
 
     def build(self, model: Path, options: BuildOptions) -> Engine:
         return ReferenceEngine(model)

@@ -1,0 +1,51 @@
+"""Of build: what a user may ask of an engine, and what was built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Precision = Literal["fp32", "fp16", "bf16"]
+
+
+@dataclass(frozen=True, slots=True)
+class ShapeRange:
+    """Shapes of one input that an engine must take: the smallest, the one that it is tuned for, the largest."""
+
+    input: str
+    least: tuple[int, ...]
+    usual: tuple[int, ...]
+    most: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How an engine is built, where a target has a choice. A runtime refuses by name what it has no use for.
+
+    shapes: ranges of dynamic inputs; without one for an input it is what the first feed has, and what the graph fixes. workspace: bytes
+    of scratch memory. level: the builder's optimisation level. capabilities: compute capabilities to build for (``8.6``), instead of that
+    of the GPU at hand. streaming: bytes of weights that stay on the device, the rest is streamed. version_compatible, refittable: of the
+    engine. cuda_graph: record one launch of all kernels and replay it. provider: options of an execution provider, as name and value.
+    cpu_nodes: let single nodes of a GPU target run on the CPU.
+    """
+
+    shapes: tuple[ShapeRange, ...] = ()
+    workspace: int | None = None
+    level: int | None = None
+    capabilities: tuple[str, ...] = ()
+    streaming: int | None = None
+    version_compatible: bool = False
+    refittable: bool = False
+    cuda_graph: bool = False
+    provider: tuple[tuple[str, str], ...] = ()
+    cpu_nodes: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A serialized engine. path: its file. describe: version, devices it is for. layers: each layer of it with the types it computes in."""
+
+    path: Path
+    describe: tuple[tuple[str, str], ...] = ()
+    layers: tuple[tuple[str, str], ...] = ()
