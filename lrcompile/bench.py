@@ -115,6 +115,7 @@ def race(
     seconds: float = 5.0,
     timeout: float | None = None,
     progress: Progress = silent,
+    options: BuildOptions | None = None,
 ) -> Race:
     """Rounds until so many seconds are over, each on the next feed. timeout: seconds that one round may take.
 
@@ -123,7 +124,7 @@ def race(
     if not feeds:
         raise UsageError("there is no feed to run the models on: give --shape or --data")
     # the kernels that users get, not the most accurate ones
-    options = BuildOptions(target, threads=threads, exact=False)
+    options = options or BuildOptions(target, threads=threads, exact=False)
     with child.build(target, original, options) as a, child.build(target, compiled, options) as b:
         repeats = [_ask(child, "warm_up", a, b, feed, threads=threads, timeout=timeout) for feed in feeds]
         rounds: list[tuple[Pair, ...]] = []

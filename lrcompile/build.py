@@ -5,18 +5,20 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx_ir as ir
 
 from lrcompile.child import Child, RemoteEngine
 from lrcompile.cost import bytes_of, is_large
-from lrcompile.errors import BuildError
+from lrcompile.errors import BuildError, PluginError
 from lrcompile.feeds import STYLES, Feed, Feeds, draw
-from lrcompile.interfaces import BuildOptions
+from lrcompile.interfaces import Availability, BuildOptions, Runtime
 from lrcompile.options import Options
-from lrcompile.records import Source
+from lrcompile.records import Built, EngineOptions, ShapeRange, Source
+from lrcompile.registry import runtime_of
 from lrcompile.store import new_folder, save_model
 
 logger = logging.getLogger(__name__)
@@ -24,12 +26,66 @@ logger = logging.getLogger(__name__)
 # Small models get this long in all; big ones and many feeds get more.
 _SECONDS, _SMALL_BYTES = 20.0, 10_000_000
 _MEMORY = 4_000_000_000  # what a runtime may hold beside weights: activations above all
+REFERENCE = "ort-cpu"  # where all that a target cannot run is run
 _DRAWN = 3  # feeds that the first question is asked on and that are published
 
 
-def build(child: Child, target: str, path: Path, threads: int = 1) -> RemoteEngine:
+def build(child: Child, target: str, path: Path, options: BuildOptions | None = None) -> RemoteEngine:
     """An engine of a model file, ready to run. Raises BuildError in the builder's own words."""
-    return child.build(target, path, BuildOptions(target, threads=threads))
+    return child.build(target, path, options or BuildOptions(target))
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where a model runs. target: what is compiled for. lab: where the original runs for statistics. judge: where answers are judged.
+
+    unrunnable: why that is not the target itself, empty where it is.
+    """
+
+    target: str
+    lab: str
+    judge: str
+    unrunnable: str = ""
+
+
+def places_for(runtime: Runtime, target: str, child: Child) -> Places:
+    """The target itself where it loads ``.onnx`` files; builders of engines are asked whether these can run here. Raises PluginError."""
+    if runtime.engine_file(target) is None:
+        return Places(target, target, target)
+    there: Availability = child.call("lrcompile.build:availability_of", target, what=f"looking for {target}")
+    if not there.ok:
+        raise PluginError(there.reason)
+    return Places(target, REFERENCE, REFERENCE if there.unrunnable else target, there.unrunnable)
+
+
+def availability_of(target: str) -> Availability:
+    """Of a target; called in the child, where its libraries are loaded."""
+    return runtime_of(target).availability(target)
+
+
+def serialize_there(target: str, model: Path, out: Path, options: BuildOptions) -> Built:
+    """Build an engine file; called in the child."""
+    return runtime_of(target).serialize(model, out, options)
+
+
+def engine_options(options: Options, ranges: Sequence[ShapeRange] = ()) -> EngineOptions:
+    """What the user said of engines, and shapes of the feeds for inputs of which nothing was said. Graphs are for engines that are timed."""
+    said = {r.input for r in options.engine.shapes}
+    shapes = (*options.engine.shapes, *(r for r in ranges if r.input not in said))
+    return replace(options.engine, shapes=shapes, cuda_graph=False)
+
+
+def ranges_of(feeds: Iterable[Feed]) -> tuple[ShapeRange, ...]:
+    """The smallest and largest shape of each input over all feeds; the usual one is that of the first feed."""
+    found: dict[str, list[tuple[int, ...]]] = {}
+    for feed in feeds:
+        for name, array in feed.items():
+            found.setdefault(name, []).append(array.shape)
+    return tuple(
+        ShapeRange(n, tuple(map(min, *s, s[0])), s[0], tuple(map(max, *s, s[0])))
+        for n, s in found.items()
+        if len({len(shape) for shape in s}) == 1
+    )
 
 
 @contextlib.contextmanager

@@ -46,6 +46,7 @@ from lrcompile.errors import BuildError, LrcompileError
 
 if TYPE_CHECKING:  # a child that is only started and killed need not import NumPy
     from lrcompile.interfaces import Array, BuildOptions, Engine
+    from lrcompile.records import EngineOptions
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +103,7 @@ class Child:
 
     def __init__(self, *, timeout: float | None = None, memory: int | None = None) -> None:
         self.timeout, self.memory = timeout, memory
+        self.engine: EngineOptions | None = None  # of engines that are asked for without options of their own
         self.deadline = None
         self._process: subprocess.Popen[bytes] | None = None
         self._resources = contextlib.ExitStack()
@@ -129,7 +131,10 @@ class Child:
     ) -> RemoteEngine:
         """Build an engine of a model file for a target, there. Raises BuildError, and PluginError without the runtime."""
         handle, path, threads = next(self._handles), Path(path).absolute(), options.threads
-        args = (handle, path, dataclasses.replace(options, target=target))
+        options = dataclasses.replace(options, target=target)
+        if self.engine is not None and options.engine == type(self.engine)():
+            options = dataclasses.replace(options, engine=self.engine)
+        args = (handle, path, options)
         self._request("build", args, f"building {path.name} for {target}", timeout, memory, threads)
         self._live.add(handle)
         return RemoteEngine(self, handle, f"{path.name} on {target}", threads)

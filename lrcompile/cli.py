@@ -16,7 +16,18 @@ from typer import Argument, Option
 from typer.core import TyperGroup
 
 import lrcompile
-from lrcompile.cli_options import Folder, Model, budget, choosing, drawing, machine, output, publishing, takes
+from lrcompile.cli_options import (
+    Folder,
+    Model,
+    budget,
+    building,
+    choosing,
+    drawing,
+    machine,
+    output,
+    publishing,
+    takes,
+)  # fmt: skip
 from lrcompile.errors import LrcompileError, UsageError
 
 if TYPE_CHECKING:
@@ -152,7 +163,7 @@ def inspect(model: Model, **flags: Any) -> None:
 
 
 @app.command()
-@takes(budget, drawing, choosing, machine, output)
+@takes(budget, drawing, choosing, building, machine, output)
 def plan(
     model: Model,
     why: Annotated[bool, Option("--why", help="Say of each weight why it is or is not rewritten.")] = False,
@@ -168,7 +179,7 @@ def plan(
 
 
 @app.command()
-@takes(budget, drawing, choosing, publishing, machine, output)
+@takes(budget, drawing, choosing, building, publishing, machine, output)
 def compile(  # noqa: A001 - the verb of this tool
     model: Model,
     out: Annotated[

@@ -142,6 +142,14 @@ def budget(
             "0.5x, half of the original's.",
         ),
     ] = None,
+    latency: Annotated[
+        str | None,
+        Option(
+            metavar="T",
+            help="Time of one run at the first feed: at most 5ms, or 0.7x of what the original takes; planned by measured costs, "
+            "and measured at the end.",
+        ),
+    ] = None,
     energy: Annotated[
         float | None,
         Option(metavar="F", help="Smallest rank of each weight that holds this share of its energy."),
@@ -161,7 +169,18 @@ def budget(
     ] = None,
     objective: Annotated[
         str | None,
-        Option(metavar="NAME", help="What gets small under --max-error: size or flops. [default: size]"),
+        Option(
+            metavar="NAME",
+            help="What gets small under --max-error: size (bytes in memory), disk (bytes of the published files), latency (which is "
+            "measured) or flops; beside a budget it decides which forms are legal. [default: size]",
+        ),
+    ] = None,
+    margin: Annotated[
+        float | None,
+        Option(
+            metavar="R",
+            help="How many times faster an engine must be where speed was asked for. [default: 1.02]",
+        ),
     ] = None,
     refit: Annotated[
         bool | None,
@@ -202,6 +221,67 @@ def budget(
     ] = None,
 ) -> None:
     """Flags that say how much, and how it is judged."""
+
+
+def building(
+    precision: Annotated[
+        str | None,
+        Option(
+            metavar="TYPE", help="fp32, fp16 or bf16: what the whole graph computes in. [default: as it is]"
+        ),
+    ] = None,
+    shape: Annotated[
+        list[str] | None,
+        Option(
+            metavar="X:1x64",
+            help="Shape of an input that the engine is built for, as x:1x64 or x:[1,64]; x:1x8,1x64,8x64 is a range: smallest, "
+            "usual, largest. Repeatable. [default: that of the first feed]",
+        ),
+    ] = None,
+    workspace: Annotated[
+        str | None, Option(metavar="SIZE", help="Scratch memory of a TensorRT engine, for example 1GB.")
+    ] = None,
+    level: Annotated[int | None, Option(help="Optimisation level of the TensorRT builder, 0 to 5.")] = None,
+    capabilities: Annotated[
+        str | None,
+        Option(
+            "--compute-capability",
+            metavar="8.6,12.0",
+            help="GPUs that a TensorRT-RTX engine is built for, none of which need be here. [default: the one at hand]",
+        ),
+    ] = None,
+    streaming: Annotated[
+        str | None,
+        Option(
+            "--weight-streaming",
+            metavar="SIZE",
+            help="Bytes of weights that a TensorRT engine keeps on the GPU; it streams the rest.",
+        ),
+    ] = None,
+    version_compatible: Annotated[
+        bool | None,
+        Option("--version-compatible", help="A TensorRT engine that later versions load as well."),
+    ] = None,
+    refittable: Annotated[
+        bool | None, Option("--refittable", help="A TensorRT engine whose weights can be exchanged.")
+    ] = None,
+    cuda_graph: Annotated[
+        bool | None, Option("--cuda-graph", help="Record the kernels of a run once, and replay them.")
+    ] = None,
+    provider: Annotated[
+        list[str] | None,
+        Option(
+            "--provider-option",
+            metavar="NAME=VALUE",
+            help="An option of the execution provider of ONNX Runtime. Repeatable.",
+        ),
+    ] = None,
+    cpu_nodes: Annotated[
+        bool | None,
+        Option("--cpu-nodes", help="Let nodes for which a GPU target has no kernel run on the CPU."),
+    ] = None,
+) -> None:
+    """Flags that say how an engine is built."""
 
 
 def publishing(

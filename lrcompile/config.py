@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,7 +18,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
 
 from lrcompile.errors import UsageError
 from lrcompile.options import Options
-from lrcompile.records import Amount, Budget, Limit, Plan
+from lrcompile.records import Amount, Budget, EngineOptions, Limit, Plan, Precision, ShapeRange
+from lrcompile.shapes import parse_ranges
 from lrcompile.store import read_json, read_text
 from lrcompile.verify import parse_limits
 
@@ -69,6 +71,38 @@ def _size(given: object) -> object:
     return parse_amount(given, "B")
 
 
+def parse_latency(given: object) -> object:
+    """``5ms``, ``0.5s``, ``800us``, a number of seconds, or ``0.7x``. Raises ValueError."""
+    if isinstance(given, (int, float)) and not isinstance(given, bool):
+        return Amount(float(given))
+    if not isinstance(given, str):
+        return given
+    found = re.fullmatch(r"(\d+(?:\.\d*)?(?:e[+-]?\d+)?)\s*(x|us|ms|s)?", given.strip().lower())
+    if found is None:
+        raise ValueError("a time such as 5ms, 800us or 0.1s, or such as 0.7x, a share of the original's")
+    if found[2] == "x":
+        return Amount(float(found[1]), relative=True)
+    return Amount(float(found[1]) * {"us": 1e-6, "ms": 1e-3}.get(found[2] or "s", 1.0))
+
+
+def _pairs(given: object) -> object:
+    """``NAME=VALUE`` each, or a mapping."""
+    if isinstance(given, Mapping):
+        return tuple((str(k), str(v)) for k, v in given.items())
+    if not isinstance(given, (list, tuple)) or not all(isinstance(g, str) for g in given):
+        return given
+    if wrong := [g for g in given if "=" not in g]:
+        raise ValueError(f"NAME=VALUE each, not {wrong[0]}")
+    return tuple((name, value) for name, _, value in (g.partition("=") for g in given))
+
+
+def _shapes(given: object) -> object:
+    """``x:1x64`` or ``x:[1,64]``; ``x:1x8,1x64,8x64`` is the smallest, the usual and the largest. Raises ValueError."""
+    if isinstance(given, (list, tuple)) and all(isinstance(g, str) for g in given):
+        return parse_ranges(given)
+    return given
+
+
 def _words(given: object) -> object:
     return tuple(filter(None, (w.strip() for w in given.split(",")))) if isinstance(given, str) else given
 
@@ -90,6 +124,7 @@ class Config(BaseModel):
     keep: Annotated[float | None, Field(gt=0, le=1)] = None
     size: Annotated[Amount | None, BeforeValidator(_size)] = None
     flops: Annotated[Amount | None, BeforeValidator(parse_amount)] = None
+    latency: Annotated[Amount | None, BeforeValidator(parse_latency)] = None
     energy: Annotated[float | None, Field(gt=0, le=1)] = None
     rank: Annotated[int, Field(ge=1)] | Literal["full"] | None = None
     max_error: Annotated[tuple[Limit, ...] | None, BeforeValidator(_limits)] = None
@@ -104,6 +139,18 @@ class Config(BaseModel):
     dims: dict[str, Annotated[int, Field(ge=0)]] | None = None
     seed: Annotated[int | None, Field(ge=0)] = None
     refit: bool | None = None
+    precision: Precision | None = None
+    margin: Annotated[float | None, Field(ge=1)] = None
+    shapes: Annotated[tuple[ShapeRange, ...] | None, BeforeValidator(_shapes)] = None
+    workspace: Annotated[int | None, BeforeValidator(parse_memory), Field(gt=0)] = None
+    level: Annotated[int | None, Field(ge=0, le=5)] = None
+    capabilities: Annotated[tuple[str, ...] | None, BeforeValidator(_words)] = None
+    streaming: Annotated[int | None, BeforeValidator(parse_memory), Field(ge=0)] = None
+    version_compatible: bool | None = None
+    refittable: bool | None = None
+    cuda_graph: bool | None = None
+    provider: Annotated[tuple[tuple[str, str], ...] | None, BeforeValidator(_pairs)] = None
+    cpu_nodes: bool | None = None
     pareto: Path | None = None
     gradients: bool | None = None
     threads: Annotated[int | None, Field(ge=1)] = None
@@ -117,8 +164,9 @@ class Config(BaseModel):
     cache: Path | None = None
 
 
-_SIZE = {"keep", "size", "flops", "energy", "rank", "plan"}  # only one of these can hold
-_BUDGET = ("keep", "size", "flops", "energy", "rank", "max_error", "objective")
+_SIZE = {"keep", "size", "flops", "latency", "energy", "rank", "plan"}  # only one of these can hold
+_BUDGET = ("keep", "size", "flops", "latency", "energy", "rank", "max_error", "objective")
+_ENGINE = tuple(f.name for f in fields(EngineOptions) if f.name != "shapes")
 
 
 def options_from(flags: Mapping[str, Any], file: Path | str | None = None) -> Options:
@@ -133,6 +181,9 @@ def options_from(flags: Mapping[str, Any], file: Path | str | None = None) -> Op
     config = _validated({**written, **_flags(said)})
     values = {n: v for n in Config.model_fields if (v := getattr(config, n)) is not None}
     budget: dict[str, Any] = {n: values.pop(n) for n in _BUDGET if n in values}
+    engine = {n: values.pop(n) for n in ("shapes", *_ENGINE) if n in values}
+    if engine:
+        values["engine"] = EngineOptions(**engine)
     if "plan" in values:
         values["plan"] = read_plan(values["plan"])
     options = Options(budget=Budget(**budget), **values)
@@ -171,6 +222,8 @@ def _flags(said: Mapping[str, Any]) -> dict[str, Any]:
     flags = dict(said)
     if "rank" in flags and isinstance(flags["rank"], str) and flags["rank"].isdigit():
         flags["rank"] = int(flags["rank"])
+    if shapes := flags.pop("shape", None):
+        flags["shapes"] = shapes
     if dims := flags.pop("dim", None):
         flags["dims"] = dict(_dim(text) for text in dims)
     return flags

@@ -16,6 +16,8 @@ from lrcompile.weights import side_by_side
 
 # Kernels like ranks in eights; matrices this small are fitted exactly.
 _MULTIPLE, _SMALL = 8, 128
+# Where speed is asked for kernels want whole tiles.
+_TILE, _TILED = 32, 512
 
 Supports = Callable[[Decision], Refusal | None]
 
@@ -29,12 +31,20 @@ class Curve:
     reason: str = ""
 
 
+# Seconds of a group's readers with their weights in a form (None: as they are); None where nothing like it was timed.
+Seconds = Callable[[Group, Candidate | None], float | None]
+
+
 @dataclass(frozen=True, slots=True)
 class Whole:
-    """What budgets are relative to, and how often each site's weight meets a row of data. bytes: of all constants."""
+    """What budgets are relative to, and how often each site's weight meets a row of data.
+
+    bytes: of all constants. seconds: of one run of the original; None where it was not timed.
+    """
 
     bytes: int
     rows: Mapping[str, int]
+    seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +52,8 @@ class Problem:
     """What is to be planned.
 
     curves: of the groups that partition the sites. wider: of groups that overlap them, those that have candidates. total: elements
-    of all eligible weights, of which `fixed` cannot be rewritten at all.
+    of all eligible weights, of which `fixed` cannot be rewritten at all. seconds: what forms take, where speed is asked for; margin:
+    how many times faster the engine must be then.
     """
 
     finding: Finding
@@ -53,6 +64,8 @@ class Problem:
     fixed: int
     wider: tuple[Curve, ...] = ()
     whole: Whole | None = None
+    seconds: Seconds | None = None
+    margin: float = 1.0
 
     @property
     def open(self) -> tuple[Curve, ...]:
@@ -184,7 +197,7 @@ def _curve(
     site = group.sites[0]
     options = CandidateOptions(
         ranks=(budget.rank,) if isinstance(budget.rank, int) else None,
-        multiple=_MULTIPLE if min(site.K, site.N) >= _SMALL else 1,
+        multiple=_multiple(min(site.K, site.N), budget),
         full=full,
     )
     dense = dense_of(group, "")
@@ -201,7 +214,11 @@ def _curve(
         else:
             for made in method.candidates(group, weights, statistics, options):
                 candidate = folded(made) if absorbs and made.index_bytes else made
-                reason = None if full else _costs(candidate, dense, budget.objective)
+                reason = (
+                    None
+                    if full
+                    else _costs(candidate, dense, "latency" if budget.asks_speed else budget.objective)
+                )
                 if reason is None and (no := supports(decision_of(group, candidate, ""))) is not None:
                     reason = no.reason
                 if reason is None:
@@ -214,6 +231,43 @@ def _curve(
     return Curve(group, tuple(found), "" if found else "; ".join(reasons) or "no method serves it")
 
 
+def _multiple(size: int, budget: Budget) -> int:
+    """Ranks are offered in steps of this."""
+    if budget.asks_speed and size >= _TILED:
+        return _TILE
+    return _MULTIPLE if size >= _SMALL else 1
+
+
+def timed(problem: Problem, seconds: Seconds, whole: Whole, margin: float) -> Problem:
+    """The same problem with only those forms that are expected to take less time than the weight as it is."""
+
+    def faster(curve: Curve) -> Curve:
+        dense = seconds(curve.group, None)
+        if dense is None or not curve.candidates:
+            reason = curve.reason or "its weight was not timed, so no form of it is known to be faster"
+            return replace(curve, candidates=(), reason=reason)
+        shares = [(c, t / dense) for c in curve.candidates if (t := seconds(curve.group, c)) is not None]
+        kept = tuple(
+            replace(c, note=f"{c.note}{'; ' if c.note else ''}expected to take {x:.2f} of the time")
+            for c, x in shares
+            if x < 1.0
+        )
+        best = min((x for _, x in shares), default=None)
+        slow = (
+            "was not timed"
+            if best is None
+            else f"would take at least {best:.2f} times the time of the weight"
+        )
+        return replace(
+            curve, candidates=kept, reason=curve.reason if kept else f"no form pays: the best {slow}"
+        )
+
+    return replace(
+        problem, curves=tuple(map(faster, problem.curves)), whole=whole, seconds=seconds, margin=margin,
+        wider=tuple(c for c in map(faster, problem.wider) if c.candidates),
+    )  # fmt: skip
+
+
 def folded(candidate: Candidate) -> Candidate:
     """The form where neighbours absorb the permutation of its outputs: it needs no index."""
     cost = replace(candidate.cost, bytes=candidate.cost.bytes - candidate.index_bytes)
@@ -222,9 +276,9 @@ def folded(candidate: Candidate) -> Candidate:
 
 def _costs(candidate: Candidate, dense: Decision, objective: str) -> str | None:
     """Why a candidate is not worth having: it must save what the objective counts."""
-    if objective == "flops":
+    if objective in ("flops", "latency"):
         if candidate.cost.flops >= dense.flops_before:
-            return f"rank {candidate.rank} would take as many FLOPs as the weight (--objective flops)"
+            return f"rank {candidate.rank} would take as many FLOPs as the weight (--objective {objective})"
         return None
     if candidate.cost.parameters >= dense.parameters_before:
         return f"rank {candidate.rank} would take as many parameters as the weight"

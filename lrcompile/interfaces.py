@@ -164,8 +164,11 @@ class Factorization(Protocol):
         """Candidates by rising rank, each with its cost and error."""
         ...
 
-    def shapes(self, group: Group, candidate: Candidate) -> Mapping[str, tuple[int, ...]]:
-        """Shape of every array that `factorize` gives, biases left out: what a form is timed with before it is computed."""
+    def shapes(self, group: Group, candidate: Candidate) -> Mapping[str, tuple[int, ...] | Array]:
+        """What `factorize` will give, biases and kept channels left out: a form is timed before it is computed.
+
+        The shape of each array; of an index an example, int32, of that shape. ``weight.i`` is what stands in the place of site i's weight.
+        """
         ...
 
     def factorize(

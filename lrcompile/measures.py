@@ -1,6 +1,7 @@
 """Measures: what a budget counts of a group's form. Pure.
 
---keep    parameters of the eligible weights     --size    bytes of all constants     --flops   2 MAC of the sites at the first feed
+--keep     parameters of the eligible weights     --size     bytes of all constants
+--flops    2 MAC of the sites at the first feed   --latency  seconds of a run at the first feed, by the cost table
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Measure:
 
 
 def measure_of(problem: Problem) -> Measure:
-    """By the budget: parameters of eligible weights, bytes of all constants, or FLOPs of the sites at the first feed."""
+    """By the budget: parameters of eligible weights, bytes of all constants, or FLOPs or seconds at the first feed."""
     budget, whole = problem.budget, problem.whole
 
     def parameters(group: Group, form: Candidate | None) -> float:
@@ -42,7 +43,18 @@ def measure_of(problem: Problem) -> Measure:
         before = sum(whole.rows.get(s.name, 0) * dense_flops(s) for s in group.sites)
         return before if form is None else before - saved_flops(decision_of(group, form, ""), whole)
 
-    if budget.size is not None or (budget.keep is None and budget.flops is None):
+    def seconds(group: Group, form: Candidate | None) -> float:
+        assert problem.seconds is not None
+        taken = problem.seconds(group, form)
+        return (
+            0.0 if taken is None else taken
+        )  # what was not timed stays as it is, and its time is in the rest
+
+    if budget.latency is not None:
+        assert whole is not None and whole.seconds is not None
+        of, total, words = seconds, whole.seconds, "seconds"
+        asked = budget.latency.of(total)
+    elif budget.size is not None or (budget.keep is None and budget.flops is None):
         assert whole is not None
         of, total, words = size, float(whole.bytes), "bytes"
         asked = budget.size.of(total) if budget.size is not None else total

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from lrcompile.errors import UsageError
-from lrcompile.records import Amount, Budget, Limit, Plan
+from lrcompile.records import Amount, Budget, EngineOptions, Limit, Plan, Precision
 
 logger = logging.getLogger(__name__)
 
 # What holds when neither a budget nor a plan is given.
 DEFAULT_LIMIT = Limit("cosine", 0.99)
 
-# What --objective can make small; disk and latency come with the engines.
-OBJECTIVES = ("size", "flops")
+# What --objective can make small.
+OBJECTIVES = ("size", "disk", "latency", "flops")
 
 Data = str | Path | Iterable[Mapping[str, Any]] | Callable[[], Iterable[Mapping[str, Any]]]
 
@@ -39,6 +39,9 @@ class Options:
     dims: Mapping[str, int] = field(default_factory=dict)
     seed: int = 0
     refit: bool = True
+    precision: Precision | None = None
+    engine: EngineOptions = field(default_factory=EngineOptions)
+    margin: float = 1.02
     pareto: Path | None = None
     gradients: bool = True
     threads: int = 1
@@ -60,6 +63,10 @@ class Options:
             )
         _check_amount("size", b.size, "60MB")
         _check_amount("flops", b.flops, "1.2G")
+        if b.latency is not None and not 0 < b.latency.value < (1 if b.latency.relative else float("inf")):
+            raise UsageError(
+                f"--latency {b.latency}: give a time such as 5ms, or a share of the original's, below 1x, such as 0.7x"
+            )
         if b.energy is not None and not 0 < b.energy <= 1:
             raise UsageError(f"--energy {b.energy:g}: give a share, above 0 and at most 1")
         if isinstance(b.rank, int) and b.rank < 1:
@@ -71,9 +78,9 @@ class Options:
         if self.plan is not None and given:
             raise UsageError(f"--plan already decides every rank: leave {given[0].split()[0]} out")
         if b.objective not in OBJECTIVES:
-            raise UsageError(
-                f"--objective {b.objective}: this version minimises {' or '.join(OBJECTIVES)}; latency and disk come with the engines"
-            )
+            raise UsageError(f"--objective {b.objective}: it is one of {', '.join(OBJECTIVES)}")
+        if not 1 <= self.margin < float("inf"):
+            raise UsageError(f"--margin {self.margin:g}: how many times faster an engine must be, at least 1")
         self._check_pareto()
         if self.batch < 1 or self.threads < 1:
             raise UsageError("--batch and --threads are at least 1")
@@ -100,7 +107,7 @@ class Options:
         if not given and self.data is None and self.verify_data is None:
             raise UsageError(
                 f"no budget is given, and the default (--max-error {DEFAULT_LIMIT}) needs --data: give --data, "
-                "or --keep, --size, --flops, --energy, --rank, --max-error or --plan"
+                "or --keep, --size, --flops, --latency, --energy, --rank, --max-error or --plan"
             )
         if not given:
             logger.warning("no budget is given: --max-error %s", DEFAULT_LIMIT)
@@ -108,7 +115,7 @@ class Options:
         if self.data is None and "auto" in self.methods and options._changes_weights:
             raise UsageError(
                 "without --data there is nothing to weigh the weights by: give --data, or --rank full (identity), "
-                "or name a method that needs none, such as --methods svd-plain with --keep, --size, --flops, --energy or --rank"
+                "or name a method that needs none, such as --methods svd-plain with --keep, --size, --flops, --latency, --energy or --rank"
             )
         if self.pareto is not None and self.data is None and not options.budget.max_error:
             raise UsageError(

@@ -28,6 +28,7 @@ __all__ = [
     "choose",
     "decisions_for",
     "dense_plan",
+    "fast_enough",
     "flops_after",
     "group_by_name",
     "prepare",
@@ -37,22 +38,25 @@ __all__ = [
 
 # A search over the share that is kept ends when the bracket is this narrow.
 _RATIO_STEP = 0.03
+# How often a latency budget that was missed is tried again with less.
+_TIGHTER = 3
 
 Choice = tuple[Candidate, str] | None  # a form and why, or dense
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A plan that was compiled and verified."""
+    """A plan that was compiled and verified. speedup: time of the original over its own, raced; None where speed was not asked for."""
 
     plan: Plan
     evidence: Evidence
+    speedup: float | None = None
 
 
 def choose(problem: Problem) -> Plan:
     """The first plan for the problem's budget. Raises BudgetError when no plan keeps it."""
     budget = problem.budget
-    if budget.keep is not None or budget.size is not None or budget.flops is not None:
+    if any(v is not None for v in (budget.keep, budget.size, budget.flops, budget.latency)):
         measure = measure_of(problem)
         if measure.limit >= measure.sum_of(problem):
             return dense_plan(problem, "the budget keeps everything")
@@ -67,7 +71,13 @@ def choose(problem: Problem) -> Plan:
 
 def _within(problem: Problem, measure: Measure, limit: float, share: float | None = None) -> Plan:
     """The least movement of the outputs for this much; one ratio for all where movements are not known."""
-    plan = _allocated(problem, measure, limit) if problem.predicts else _common_ratio(problem, measure, limit)
+    best = _allocated if problem.predicts else _common_ratio
+    plan = best(problem, measure, limit)
+    if plan is None and problem.seconds is not None and problem.budget.latency is None:
+        # of forms that are no faster none is wanted: as small as the others allow
+        plan = (
+            best(problem, measure, _least(problem, measure)) if problem.open else dense_plan(problem, "dense")
+        )
     if plan is None:
         raise _cannot(problem, measure)
     return replace(plan, ratio=share)
@@ -79,6 +89,10 @@ def _cannot(problem: Problem, measure: Measure) -> BudgetError:
     least = cheapest(options, covers_of([c.group for c in problem.open])).cost
     reached = least + measure.whole - measure.sum_of(problem)
     share = reached / measure.whole if measure.whole else 1.0
+    if measure.words == "seconds":
+        return BudgetError(
+            f"{asked} cannot be met: by the cost table the fastest plan takes {share:.2f} of the original's time (lrcompile plan --why says why)"
+        )
     amount = f" ({Amount(math.ceil(reached))}{'B' if measure.words == 'bytes' else ''})"
     return BudgetError(
         f"{asked} cannot be met: the least that can be kept is {share:.3f} of the {measure.whole:,.0f} {measure.words}"
@@ -167,7 +181,7 @@ def traced(problem: Problem, shares: Iterable[float]) -> Iterator[Plan]:
     if not problem.predicts:
         return
     budget = problem.budget
-    bound = budget.size is not None or budget.flops is not None
+    bound = budget.size is not None or budget.flops is not None or budget.latency is not None
     measure = measure_of(problem) if bound else _objective(problem)
     least, whole = _least(problem, measure), measure.sum_of(problem)
     known: set[tuple[object, ...]] = set()
@@ -179,11 +193,14 @@ def traced(problem: Problem, shares: Iterable[float]) -> Iterator[Plan]:
 
 
 def _objective(problem: Problem) -> Measure:
-    """What gets small under an error limit alone: FLOPs, or parameters: of one type bytes go with them."""
+    """What gets small under an error limit alone: FLOPs, time, or parameters: of one type bytes go with them."""
+    unbound = replace(problem.budget, keep=None, size=None, flops=None, latency=None)
     if problem.budget.objective == "flops":
-        asked = replace(problem.budget, keep=None, size=None, flops=Amount(1.0, relative=True))
+        asked = replace(unbound, flops=Amount(1.0, relative=True))
+    elif problem.seconds is not None:
+        asked = replace(unbound, latency=Amount(1.0, relative=True))
     else:
-        asked = replace(problem.budget, keep=1.0, size=None, flops=None)
+        asked = replace(unbound, keep=1.0)
     return measure_of(replace(problem, budget=asked))
 
 
@@ -194,7 +211,86 @@ def _as_asked(curve: Curve) -> Choice:
 
 
 def revise(problem: Problem, trials: Sequence[Trial]) -> Plan | None:
-    """The next plan to try, or None when the search is over. Only an error limit alone makes a search."""
+    """The next plan to try, or None when the search is over: of the smallest that holds the errors, then of one that is faster."""
+    following = _searched(problem, trials)
+    return following if following is not None else _gated(problem, trials)
+
+
+def fast_enough(problem: Problem, trial: Trial) -> bool:
+    """Whether a plan was measured to be as fast as was asked for; one that changes nothing need not be."""
+    return trial.speedup is None or not trial.plan.rewritten or trial.speedup >= _needed(problem)
+
+
+def _needed(problem: Problem) -> float:
+    """How many times faster than the original an engine must be."""
+    budget, whole = problem.budget, problem.whole
+    if budget.latency is None or whole is None or whole.seconds is None:
+        return problem.margin
+    return whole.seconds / budget.latency.of(whole.seconds)
+
+
+def _gated(problem: Problem, trials: Sequence[Trial]) -> Plan | None:
+    """The speed gate. What was not fast enough is tried again without its least paying weights, half of them each time; under
+    ``--latency`` with less time to spend, by as much as was missed.
+    """
+    held = [t for t in trials if t.evidence.verdict != "failed"]
+    if problem.seconds is None or not held or fast_enough(problem, held[-1]):
+        return None
+    last = held[-1]
+    assert last.speedup is not None
+    if problem.budget.latency is None:
+        return without_least_paying(problem, last.plan)
+    missed = sum(not fast_enough(problem, t) for t in held)
+    measure = measure_of(problem)
+    tighter = measure.limit - missed * measure.whole * max(1.0 / last.speedup - 1.0 / _needed(problem), 0.005)
+    if missed > _TIGHTER or tighter < _least(problem, measure):
+        return None
+    return _within(problem, measure, tighter)
+
+
+def without_least_paying(problem: Problem, plan: Plan) -> Plan:
+    """The plan with the half of its rewritten groups that is expected to save least as they were; everything dense where one is left."""
+    seconds = problem.seconds
+    assert seconds is not None
+    groups = {c.group.name: c for c in (*problem.curves, *problem.wider)}
+
+    def saves(decision: Decision) -> float:
+        curve = groups[decision.group]
+        form = next((c for c in curve.candidates if _is(c, decision)), None)
+        return (seconds(curve.group, None) or 0.0) - (seconds(curve.group, form) or 0.0) if form else 0.0
+
+    ranked = sorted(plan.rewritten, key=saves, reverse=True)
+    kept = ranked[: len(ranked) // 2]
+    if not kept:
+        return dense_plan(
+            problem, f"no form was measured to make the engine {problem.margin:g} times as fast"
+        )
+    covered = {s for d in kept for s in d.sites}
+    gone = {s for d in ranked[len(kept) :] for s in d.sites}
+    decisions = [
+        *kept,
+        *(
+            dense_of(
+                c.group,
+                "dense: it pays least, and with it the engine was not fast enough"
+                if s.name in gone
+                else c.reason or "dense",
+            )
+            for c in problem.curves
+            if (s := c.group.sites[0]).name not in covered
+        ),
+    ]
+    return _plan(problem, decisions)
+
+
+def _is(candidate: Candidate, decision: Decision) -> bool:
+    return (candidate.method, candidate.rank, candidate.structure, candidate.storage) == (
+        decision.method, decision.rank, decision.structure, decision.storage,
+    )  # fmt: skip
+
+
+def _searched(problem: Problem, trials: Sequence[Trial]) -> Plan | None:
+    """Bisection over the share that is kept. Only an error limit alone makes a search."""
     budget = problem.budget
     if not budget.max_error or budget.bounds_size or not trials or trials[-1].plan.ratio is None:
         return None

@@ -165,7 +165,7 @@ def configuration(options: Options) -> dict[str, Any]:
     b = options.budget
     document = {
         "target": options.target, "methods": list(options.methods), "keep": b.keep, "size": _amount(b.size), "flops": _amount(b.flops),
-        "energy": b.energy, "rank": b.rank,
+        "latency": None if b.latency is None else f"{b.latency.value:g}x" if b.latency.relative else b.latency.value, "energy": b.energy, "rank": b.rank,
         "max_error": ",".join(map(str, b.max_error)) or None, "objective": b.objective, "include": options.include,
         "exclude": options.exclude, "batch": options.batch, "dims": dict(options.dims), "seed": options.seed,
         "refit": options.refit, "gradients": options.gradients, "threads": options.threads,

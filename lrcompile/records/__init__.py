@@ -11,7 +11,7 @@ engines.py     build
 
 from __future__ import annotations
 
-from lrcompile.records.engines import Built, EngineOptions, Precision, ShapeRange
+from lrcompile.records.engines import STORED, Built, EngineOptions, Precision, ShapeRange
 from lrcompile.records.evidence import (
     Evidence,
     OutputEvidence,
@@ -39,6 +39,7 @@ from lrcompile.records.sites import (
 from lrcompile.records.statistics import InputStatistics, Reaction
 
 __all__ = [
+    "STORED",
     "Amount",
     "Bias",
     "Budget",

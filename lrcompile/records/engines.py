@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 Precision = Literal["fp32", "fp16", "bf16"]
+# Onnx's names of the types that these are.
+STORED: dict[Precision, str] = {"fp32": "float", "fp16": "float16", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True, slots=True)

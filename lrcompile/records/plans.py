@@ -88,11 +88,15 @@ class Amount:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What the user asked for. At most one of keep, size, flops, energy, rank binds; max_error judges (or steers when alone)."""
+    """What the user asked for. At most one of keep, size, flops, latency, energy, rank binds; max_error judges (or steers when alone).
+
+    latency: seconds of one run at the first feed, or a share of what the original takes.
+    """
 
     keep: float | None = None
     size: Amount | None = None
     flops: Amount | None = None
+    latency: Amount | None = None
     energy: float | None = None
     rank: int | Literal["full"] | None = None
     max_error: tuple[Limit, ...] = ()
@@ -101,25 +105,34 @@ class Budget:
     @property
     def bounds_size(self) -> bool:
         """Whether something other than the error limit binds."""
-        return any(v is not None for v in (self.keep, self.size, self.flops, self.energy, self.rank))
+        return any(
+            v is not None for v in (self.keep, self.size, self.flops, self.latency, self.energy, self.rank)
+        )
+
+    @property
+    def asks_speed(self) -> bool:
+        """Whether what is published must be measured to be faster than the original."""
+        return self.latency is not None or self.objective == "latency"
 
     @property
     def bounds(self) -> tuple[str, ...]:
         """What binds, as it is written on the command line: ``--size 60MB``."""
-        names = ("keep", "size", "flops", "energy", "rank")
+        names = ("keep", "size", "flops", "latency", "energy", "rank")
         given = [(n, v) for n in names if (v := getattr(self, n)) is not None]
-        return tuple(
-            f"--{n} {v}{'B' if n == 'size' and not v.relative else ''}"
-            if isinstance(v, Amount)
-            else f"--{n} {v}"
-            for n, v in given
-        )
+        return tuple(f"--{n} {_spelled(n, v)}" for n, v in given)
 
     def __str__(self) -> str:
         parts = list(self.bounds)
         if self.max_error:
             parts.append("--max-error " + ",".join(map(str, self.max_error)))
         return ", ".join(parts) or "none"
+
+
+def _spelled(name: str, value: object) -> str:
+    """A bound as the command line takes it."""
+    if isinstance(value, Amount) and not value.relative:
+        return f"{1e3 * value.value:g}ms" if name == "latency" else f"{value}{'B' if name == 'size' else ''}"
+    return str(value)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -263,6 +263,12 @@ class Finding:
 
     sites: tuple[Site, ...]
     groups: tuple[Group, ...]
+
+    def stored_as(self, dtype: str) -> Finding:
+        """The same with every float32 weight stored in another type, as when a whole graph changes its precision."""
+        moved = {s: replace(s, stored=dtype) if s.stored == "float" else s for s in self.sites}
+        groups = (replace(g, sites=tuple(moved[s] for s in g.sites)) for g in self.groups)
+        return Finding(tuple(moved.values()), tuple(groups))
 
     @property
     def units(self) -> tuple[Group, ...]:

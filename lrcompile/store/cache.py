@@ -36,6 +36,16 @@ class Cache:
         """Where `staging` keeps its locks."""
         return self.root / "locks"
 
+    @property
+    def costs(self) -> Path:
+        """Where tables of measured costs lie."""
+        return self.root / "costs"
+
+    @property
+    def builders(self) -> Path:
+        """What engine builders keep between runs."""
+        return self.root / "builders"
+
     def path(self, key: tuple[str, ...]) -> Path:
         """Where the arrays of a key lie."""
         digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()

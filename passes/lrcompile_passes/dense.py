@@ -45,7 +45,7 @@ class Dense:
         cost = Cost(group.elements, group.elements * weights.itemsize(site), flops)
         yield Candidate("dense", min(site.K, site.N), cost, 0.0)
 
-    def shapes(self, group: Group, candidate: Candidate) -> Mapping[str, tuple[int, ...]]:
+    def shapes(self, group: Group, candidate: Candidate) -> Mapping[str, tuple[int, ...] | Array]:
         return {"w": group.sites[0].layout.shape}
 
     def factorize(

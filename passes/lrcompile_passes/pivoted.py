@@ -108,15 +108,17 @@ class Pivoted:
                     index_bytes=_INDEX_BYTES * N if group.shares_weight and rank < N else 0,
                 )  # fmt: skip
 
-    def shapes(self, group: Group, candidate: Candidate) -> Mapping[str, tuple[int, ...]]:
+    def shapes(self, group: Group, candidate: Candidate) -> Mapping[str, tuple[int, ...] | Array]:
         assert candidate.rank is not None
         N, rank = _columns(group), candidate.rank
-        found: dict[str, tuple[int, ...]] = {"p": (group.sites[0].K, rank)}
+        found: dict[str, tuple[int, ...] | Array] = {"p": (group.sites[0].K, rank)}
         if rank < N:
             found["c"] = (rank, N - rank)
+        place = np.arange(N, dtype=np.int32)[::-1]
         if not group.shares_weight:
-            return {**found, **{f"order.{i}": (s.N,) for i, s in enumerate(group.sites)}}
-        return {**found, "order": (N,)} if rank < N else found
+            ends = np.cumsum([s.N for s in group.sites])[:-1]
+            return {**found, **{f"order.{i}": o for i, o in enumerate(np.split(place, ends))}}
+        return {**found, "order": place} if rank < N else found
 
     def factorize(
         self,

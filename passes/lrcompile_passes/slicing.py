@@ -106,10 +106,10 @@ class Slicing:
                 error, movement = _claims(group, width, weights, statistics, rank)
                 yield Candidate(self.name, rank, cost, error + _CLAIM_SLACK, note=note, movement=movement)
 
-    def shapes(self, group: Group, candidate: Candidate) -> Mapping[str, tuple[int, ...]]:
+    def shapes(self, group: Group, candidate: Candidate) -> Mapping[str, tuple[int, ...] | Array]:
         width = group.width
         assert width is not None and candidate.rank is not None
-        found: dict[str, tuple[int, ...]] = {}
+        found: dict[str, tuple[int, ...] | Array] = {}
         for i, site in enumerate(group.sites):
             contracts = group.kind != "query_key" and i == len(group.sites) - 1
             cut = (site.K if contracts else site.N) // width.size * candidate.rank

@@ -94,7 +94,7 @@ class Svd:
                 movement = float(movements[rank]) if movements is not None else None
                 yield Candidate(self.name, rank, cost(rank), error, bound, note=note, movement=movement)
 
-    def shapes(self, group: Group, candidate: Candidate) -> Mapping[str, tuple[int, ...]]:
+    def shapes(self, group: Group, candidate: Candidate) -> Mapping[str, tuple[int, ...] | Array]:
         assert candidate.rank is not None
         K, rank = group.sites[0].K, candidate.rank
         if group.shares_weight:
