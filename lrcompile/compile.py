@@ -67,7 +67,7 @@ from lrcompile.rewrite import jittered, reconstructed, rewrite
 from lrcompile.sensitivity import predicted
 from lrcompile.shapes import dims_of
 from lrcompile.sites import find
-from lrcompile.speed import speedup, timed_problem
+from lrcompile.speed import speed_of, speedup, timed_problem
 from lrcompile.store import (
     Cache,
     check_out,
@@ -506,7 +506,7 @@ def _publish(
     evidence = replace(evidence, engine=_engine(job, folder))
     package = Package(
         job.source, job.finding, best.plan, best.sets, best.model, best.neutral if job.options.keep_functions else None, evidence,
-        job.options, (*job.source.notes, *filter(None, [job.drawn.note])), tradeoff,
+        job.options, (*job.source.notes, *filter(None, [job.drawn.note])), tradeoff, tuple(map(speed_of, best.races)),
     )  # fmt: skip
     try:
         engine = build(job.child, REFERENCE, best.path)

@@ -137,7 +137,9 @@ def _fixed(model: ir.Model, concerned: list[ir.Node], types: Types, half: ir.Dat
         fixed |= _masks(concerned, types, most)
     for wave in [n for n in concerned if n.op_type in _WAVES]:
         fixed |= _closure(
-            [wave], lambda n: [p for v in n.inputs if v is not None and (p := v.producer()) is not None], _leads
+            [wave],
+            lambda n: [p for v in n.inputs if v is not None and (p := v.producer()) is not None],
+            _leads,
         )
     fixed |= _tails(concerned, fixed, types)
     return fixed
@@ -148,9 +150,13 @@ def _has_form(node: ir.Node, types: Types, half: ir.DataType, opset: int) -> boo
     for attribute in node.attributes.values():
         if attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
             return False
-    if any(isinstance(v.type, (ir.SequenceType, ir.OptionalType)) for v in (*node.inputs, *node.outputs) if v):
+    if any(
+        isinstance(v.type, (ir.SequenceType, ir.OptionalType)) for v in (*node.inputs, *node.outputs) if v
+    ):
         return False
-    if node.op_type == "LayerNormalization" and any(v.uses() or v.is_graph_output() for v in node.outputs[1:]):
+    if node.op_type == "LayerNormalization" and any(
+        v.uses() or v.is_graph_output() for v in node.outputs[1:]
+    ):
         return False  # mean and deviation are of a type that an attribute fixes
     if (given := node.attributes.get("output_dtype")) is not None and given.value:
         return False

@@ -135,7 +135,10 @@ def _analysed(model: ir.Model, half: ir.DataType) -> tuple[ir.Model, _Uses]:
 def _constants(model: ir.Model, types: Mapping[ir.Value, ir.DataType]) -> list[ir.Value]:
     """Values of float32 constants: initializers that nobody may override, and outputs of Constant nodes."""
     values = [
-        v for b in bodies(model) for v in b.graph.initializers.values() if v.const_value and not is_overridable(v)
+        v
+        for b in bodies(model)
+        for v in b.graph.initializers.values()
+        if v.const_value and not is_overridable(v)
     ]
     values += [n.outputs[0] for _, n in nodes(model) if n.op_type == "Constant" and tensor_of(n.outputs[0])]
     return [v for v in values if types.get(v) == FLOAT]
@@ -276,7 +279,9 @@ class _Converter:
             if self._uses.wants(node, index) == dtype:
                 node.replace_input_with(index, replacement)
 
-    def _node(self, op: str, inputs: tuple[ir.Value, ...], attributes: tuple[ir.Attr, ...], made: ir.Value) -> ir.Node:
+    def _node(
+        self, op: str, inputs: tuple[ir.Value, ...], attributes: tuple[ir.Attr, ...], made: ir.Value
+    ) -> ir.Node:
         name = self._names.node(f"{made.name}/{op.lower()}")
         node = ir.Node("", op, inputs, attributes, outputs=[made], name=name)
         node.metadata_props["lrcompile.precision"] = self._word
@@ -299,9 +304,7 @@ class _Converter:
             most = finite_range(self._half)[1]
             names = ", ".join(self._clipped[:3]) + (" ..." if len(self._clipped) > 3 else "")
             notes.append(f"constants beyond {self._word} were clipped to {most:.5g}: {names}")
-        left = sorted(
-            {n.op_type for n in _islands(self._model, self._uses) if not is_movable(n)}
-        )
+        left = sorted({n.op_type for n in _islands(self._model, self._uses) if not is_movable(n)})
         if left:
             notes.append(f"computed in float32: {', '.join(left)}")
         return tuple(notes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,19 @@ from lrcompile.feeds import Feed
 from lrcompile.interfaces import Array
 from lrcompile.lean import without_torch
 from lrcompile.options import Options
-from lrcompile.records import Amount, Evidence, Finding, Plan, Result, SiteReport, Source, Totals, Tradeoff
+from lrcompile.records import (
+    Amount,
+    EngineOptions,
+    Evidence,
+    Finding,
+    Plan,
+    Result,
+    SiteReport,
+    Source,
+    Speed,
+    Totals,
+    Tradeoff,
+)  # fmt: skip
 from lrcompile.store import MANIFEST, copy_file, fingerprints, new_folder, save_model, write_json, write_text
 
 if TYPE_CHECKING:
@@ -50,7 +62,7 @@ class Package:
     """What is published: the chosen plan, the model file and what is known of it.
 
     model: the lowered model; None when the original is published as it is. neutral: with its functions, when they are kept.
-    tradeoff: what else was tried, for the report.
+    tradeoff: what else was tried, for the report. speed: what was measured of it, which no file holds.
     """
 
     source: Source
@@ -63,6 +75,7 @@ class Package:
     options: Options
     notes: tuple[str, ...]
     tradeoff: Tradeoff | None = None
+    speed: tuple[Speed, ...] = ()
 
 
 def save_lowered(model: ir.Model | None, source: Source, folder: Path, external: bool | None = None) -> Path:
@@ -168,9 +181,26 @@ def configuration(options: Options) -> dict[str, Any]:
         "latency": None if b.latency is None else f"{b.latency.value:g}x" if b.latency.relative else b.latency.value, "energy": b.energy, "rank": b.rank,
         "max_error": ",".join(map(str, b.max_error)) or None, "objective": b.objective, "include": options.include,
         "exclude": options.exclude, "batch": options.batch, "dims": dict(options.dims), "seed": options.seed,
-        "refit": options.refit, "gradients": options.gradients, "threads": options.threads,
+        "refit": options.refit, "gradients": options.gradients, "threads": options.threads, "precision": options.precision,
+        "margin": options.margin if b.asks_speed else None, **_engine(options.engine),
     }  # fmt: skip
     return {k: v for k, v in document.items() if v is not None}
+
+
+def _engine(engine: EngineOptions) -> dict[str, Any]:
+    """What was said of how the engine is built, in the words of a configuration."""
+    said: dict[str, Any] = {
+        f.name: v
+        for f in fields(engine)
+        if (v := getattr(engine, f.name)) != f.default and f.name != "shapes"
+    }
+    if engine.provider:
+        said["provider"] = dict(engine.provider)
+    if engine.capabilities:
+        said["capabilities"] = list(engine.capabilities)
+    if engine.shapes:
+        said["shapes"] = [str(r) for r in engine.shapes]
+    return said
 
 
 def _amount(given: Amount | None) -> str | float | None:
@@ -236,7 +266,13 @@ def totals_of(package: Package, first: Feed) -> Totals:
 def result_of(package: Package, document: Mapping[str, Any], out: Path) -> Result:
     """What the Python API gives back."""
     return Result(
-        out, package.plan, package.evidence, Totals(**document["totals"]), document, package.tradeoff
+        out,
+        package.plan,
+        package.evidence,
+        Totals(**document["totals"]),
+        document,
+        package.tradeoff,
+        package.speed,
     )
 
 

@@ -20,7 +20,7 @@ from lrcompile.errors import UsageError
 from lrcompile.interfaces import BuildOptions, Factorization, Rewrite
 from lrcompile.options import Options
 from lrcompile.progress import Progress
-from lrcompile.records import STORED, Finding, Source
+from lrcompile.records import STORED, Finding, Source, Speed
 from lrcompile.timing import Clock, CostTable
 from lrcompile.tune import keep, shipped, table_of, tune, wanted_of
 
@@ -120,3 +120,9 @@ def speedup(
         )  # fmt: skip
     finally:
         child.deadline = deadline
+
+
+def speed_of(run: Race) -> Speed:
+    return Speed(
+        "; ".join(run.shapes) or "no input", run.ratio.median, run.ratio.p10, run.ratio.p90, run.same
+    )

@@ -20,6 +20,10 @@ class ShapeRange:
     usual: tuple[int, ...]
     most: tuple[int, ...]
 
+    def __str__(self) -> str:
+        shapes = (self.usual,) if self.least == self.most else (self.least, self.usual, self.most)
+        return f"{self.input}:{','.join('[' + ','.join(map(str, s)) + ']' for s in shapes)}"
+
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:

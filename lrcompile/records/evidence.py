@@ -180,8 +180,27 @@ class Totals:
 
 
 @dataclass(frozen=True, slots=True)
+class Speed:
+    """A race against the original in the same precision. ratio: time of the original over ours, the median of the rounds, above 1 ours is
+    faster; low, high: what 80 % of the rounds lie between. same: the ratio lies within the noise of the machine.
+    """
+
+    shapes: str
+    ratio: float
+    low: float
+    high: float
+    same: bool
+
+    def __str__(self) -> str:
+        noise = ", within the noise of this machine" if self.same else ""
+        return f"{self.ratio:.3f} x the original's speed (80 % of rounds {self.low:.3f} to {self.high:.3f}{noise}) at {self.shapes}"
+
+
+@dataclass(frozen=True, slots=True)
 class Result:
-    """What `lrcompile.compile` gives back: where the folder is, and what its manifest says; tradeoff: every plan it tried."""
+    """What `lrcompile.compile` gives back: where the folder is, and what its manifest says; tradeoff: every plan it tried; speed: races
+    against the original, where speed was asked for.
+    """
 
     path: Path
     plan: Plan
@@ -189,6 +208,7 @@ class Result:
     totals: Totals
     manifest: Mapping[str, Any] = field(repr=False)
     tradeoff: Tradeoff | None = field(default=None, repr=False)
+    speed: tuple[Speed, ...] = ()
 
     def __str__(self) -> str:
         t = self.totals
@@ -198,6 +218,7 @@ class Result:
             f"SNR {'inf' if o.snr_db is None else f'{o.snr_db:.1f}'} dB  noise {o.noise_floor:.1e}"
             for name, o in self.evidence.outputs
         ]
+        lines += map(str, self.speed)
         lines.append(
             f"{self.evidence.verdict}: {t.parameters_before:,} -> {t.parameters_after:,} parameters, "
             f"{t.bytes_before / 1e6:.1f} -> {t.bytes_after / 1e6:.1f} MB, in {self.path}"

@@ -15,7 +15,7 @@ from lrcompile.config import Config, options_from, parse_memory, published_optio
 from lrcompile.errors import UsageError
 from lrcompile.options import Options
 from lrcompile.publish import configuration
-from lrcompile.records import Amount, Budget, Decision, Limit, Plan
+from lrcompile.records import Amount, Budget, Decision, EngineOptions, Limit, Plan, ShapeRange
 
 
 def written(folder: Path, text: str) -> Path:
@@ -30,8 +30,8 @@ def test_nothing_said_is_the_defaults() -> None:
 
 
 def test_the_file_has_the_names_of_the_options() -> None:
-    names = set(Options.__dataclass_fields__) - {"budget"} | set(Budget.__dataclass_fields__)
-    assert set(Config.model_fields) == names
+    inside = set(Budget.__dataclass_fields__) | set(EngineOptions.__dataclass_fields__)
+    assert set(Config.model_fields) == set(Options.__dataclass_fields__) - {"budget", "engine"} | inside
 
 
 def test_what_is_published_can_be_read_back(tmp_path: Path) -> None:
@@ -41,6 +41,34 @@ def test_what_is_published_can_be_read_back(tmp_path: Path) -> None:
     )
     file = written(tmp_path, yaml.safe_dump(configuration(options)))
     assert options_from({}, file) == options
+
+
+def test_what_is_published_of_an_engine_can_be_read_back(tmp_path: Path) -> None:
+    engine = EngineOptions(
+        shapes=(ShapeRange("x", (1, 8), (1, 64), (8, 64)),), workspace=1 << 30, level=3, capabilities=("8.6", "12.0"),
+        cuda_graph=True, provider=(("arena", "small"),),
+    )  # fmt: skip
+    budget = Budget(latency=Amount(0.7, relative=True), objective="latency")
+    options = Options(budget=budget, precision="fp16", engine=engine, margin=1.1)
+    file = written(tmp_path, yaml.safe_dump(configuration(options)))
+    assert options_from({}, file) == options
+
+
+@pytest.mark.parametrize(
+    ("text", "amount"),
+    [
+        ("5ms", Amount(5e-3)),
+        ("800us", Amount(8e-4)),
+        ("0.1s", Amount(0.1)),
+        ("0.7x", Amount(0.7, relative=True)),
+    ],
+)
+def test_latency(text: str, amount: Amount) -> None:
+    budget = options_from({"latency": text}).budget
+    assert budget.latency is not None
+    assert budget.latency.relative == amount.relative
+    assert budget.latency.value == pytest.approx(amount.value, rel=1e-12)
+    assert budget.asks_speed
 
 
 def test_flags_go_before_the_file(tmp_path: Path) -> None:
@@ -87,7 +115,18 @@ def test_what_a_file_may_not_say(tmp_path: Path, text: str, words: str) -> None:
         ({"max_error": "snr"}, "--max-error"),
         ({"dim": ["n"]}, "--dim 'n': write NAME=NUMBER"),
         ({"threads": 0}, "--threads is 0"),
-        ({"objective": "latency"}, "this version minimises size or flops"),
+        ({"objective": "speed"}, "--objective is 'speed'; allowed: 'size', 'disk', 'latency' or 'flops'"),
+        (
+            {"latency": "1.5x"},
+            "--latency 1.5x: give a time such as 5ms, or a share of the original's, below 1x",
+        ),
+        ({"latency": "fast"}, "a time such as 5ms, 800us or 0.1s"),
+        ({"margin": 0.9}, "--margin is 0.9"),
+        ({"shape": ["x=3"]}, "'x=3' is no shape"),
+        ({"shape": ["x:4,2,8"]}, "must rise"),
+        ({"provider": ["fast"]}, "NAME=VALUE each, not fast"),
+        ({"precision": "int8"}, "--precision is 'int8'; allowed: 'fp32', 'fp16' or 'bf16'"),
+        ({"latency": "0.7x", "keep": 0.5}, "--keep and --latency both bound what is kept"),
         ({"max_error": "metric=1.05x"}, "needs --metric"),
     ],
 )
