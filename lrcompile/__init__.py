@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lrcompile.bench import Race
     from lrcompile.child import Child
-    from lrcompile.commands import Verification, bench, inspect, plan, verify
+    from lrcompile.commands import Verification, bench, inspect, plan, tune, verify
     from lrcompile.compile import compile  # noqa: A004
     from lrcompile.doctor import Check, doctor
     from lrcompile.errors import (
@@ -72,6 +72,7 @@ _HOME = {
     "inspect": "commands",
     "load": "load",
     "plan": "commands",
+    "tune": "commands",
     "verify": "commands",
 }
 
@@ -107,6 +108,7 @@ __all__ = [
     "inspect",
     "load",
     "plan",
+    "tune",
     "verify",
 ]
 

@@ -228,6 +228,23 @@ def verify(
 
 
 @app.command()
+@takes(drawing, choosing, building, machine, output)
+def tune(
+    model: Annotated[
+        Path | None, Argument(metavar="[MODEL]", help="Measure the sizes of its weights.", show_default=False)
+    ] = None,
+    **flags: Any,
+) -> None:
+    """Measure what forms of weights cost on a target."""
+    with _screen(flags) as screen:
+        from lrcompile.commands import tune as run
+        from lrcompile.tables import cost_table
+
+        table = run(model, _options(flags), progress=screen)
+        screen.show(cost_table(table), table.to_json())
+
+
+@app.command()
 @takes(drawing, machine, output)
 def bench(
     out: Folder,

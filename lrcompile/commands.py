@@ -1,9 +1,9 @@
-"""The commands beside `compile`, as functions of the same names: inspect, plan, verify, bench."""
+"""The commands beside `compile`, as functions of the same names: inspect, plan, verify, tune, bench."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,19 @@ import onnx_ir as ir
 from lrcompile.bench import Race, dims_of, race
 from lrcompile.build import build, feeds_for, original_of, set_limits
 from lrcompile.child import Child
-from lrcompile.compile import Workshop, first_plan, job_of, load_metric, problem_of, search, study, workshop
+from lrcompile.compile import (
+    Workshop,
+    at_hand,
+    first_plan,
+    job_of,
+    load_metric,
+    problem_of,
+    search,
+    study,
+    workshop,
+)
 from lrcompile.config import published_options
+from lrcompile.cost import rows_of
 from lrcompile.errors import ModelError, UsageError, VerificationError
 from lrcompile.feeds import Data, Feeds, inputs_of, open_feeds
 from lrcompile.inspection import Inspection, inspection
@@ -23,18 +34,20 @@ from lrcompile.plan import group_by_name
 from lrcompile.progress import Progress, silent
 from lrcompile.publish import save_lowered
 from lrcompile.recheck import check_stored, published_factors, stored_feeds
-from lrcompile.records import Evidence, Plan, Source, Tradeoff
+from lrcompile.records import STORED, Evidence, Plan, Source, Tradeoff
 from lrcompile.registry import factorizations, methods_of
 from lrcompile.rewrite import jittered, reconstructed
 from lrcompile.sites import find
+from lrcompile.speed import common_forms, forms_in, tuned
 from lrcompile.store import check_folder
 from lrcompile.surgeon import scripted
 from lrcompile.tables import figures
+from lrcompile.timing import CostTable
 from lrcompile.tradeoff import predicted, write_tradeoff
 from lrcompile.verify import Noise, check_rewrite, judge, measure, noise_of, score
 from lrcompile.weights import ModelWeights
 
-__all__ = ["Verification", "bench", "inspect", "plan", "verify"]
+__all__ = ["Verification", "bench", "inspect", "plan", "tune", "verify"]
 
 
 # --- inspect and plan ---------------------------------------------------------------------------------------------
@@ -220,6 +233,49 @@ def _first_question(
             f"{out}: the published graph does not compute what its factors say: {'; '.join(wrong)}"
         )
     return f"the published graph computes what its {len(sets)} sets of factors say", noise
+
+
+# --- tune ---------------------------------------------------------------------------------------------------------
+
+
+def tune(
+    model: str | Path | ir.Model | None = None,
+    options: Options | None = None,
+    *,
+    child: Child | None = None,
+    progress: Progress = silent,
+) -> CostTable:
+    """Measure what forms take on a target, and keep it in the cache, where ``--objective latency`` and ``--latency`` look.
+
+    model: measure the sizes of its weights, at the rows that its first feed has (``--shape``, ``--data``, else a drawn one); without one
+    a grid of common sizes. Raises BuildError where the target does not run here.
+    """
+    options = options or Options()
+    options.check()
+    dtype = STORED[options.precision] if options.precision else None
+    with workshop(options, child) as shop:
+        if model is not None:
+            known = study(model, replace(options, data=None), shop, progress)
+            feeds = (
+                open_feeds(options.data, inputs_of(known.source.model), options.batch)
+                if options.data is not None
+                else None
+            )
+            _, drawn = at_hand(known)
+            rows = rows_of(known.source.model, known.finding, next(iter(feeds or drawn)))
+            wanted = forms_in(known.finding, rows, dtype)
+            opset = known.source.opset
+        else:
+            wanted, opset = common_forms(options.target, dtype), 18
+        return tuned(
+            wanted,
+            opset,
+            options,
+            child=shop.child,
+            costs=shop.cache.costs,
+            scratch=shop.scratch,
+            progress=progress,
+        )
 
 
 # --- bench --------------------------------------------------------------------------------------------------------

@@ -18,11 +18,14 @@ from lrcompile.cost import rows_of
 from lrcompile.curves import Problem, timed
 from lrcompile.errors import UsageError
 from lrcompile.interfaces import BuildOptions, Factorization, Rewrite
+from lrcompile.micro import micro
 from lrcompile.options import Options
 from lrcompile.progress import Progress
 from lrcompile.records import STORED, Finding, Source, Speed
-from lrcompile.timing import Clock, CostTable
-from lrcompile.tune import keep, shipped, table_of, tune, wanted_of
+from lrcompile.registry import factorization, factorizations, runtime_of
+from lrcompile.store import new_folder, save_model
+from lrcompile.timing import Clock, CostTable, Form, standard_forms
+from lrcompile.tune import RANKS, keep, shipped, table_of, tune, wanted_of
 
 if TYPE_CHECKING:
     from lrcompile.child import Child
@@ -30,6 +33,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Widths of layers, rows and type that are measured where no model is given.
+_ON_CPU = ((384, 768, 1536), (1, 16, 128, 1024), "float")
+_ON_GPU = ((1024, 2048, 4096), (1, 16, 128, 1024, 4096), "float16")
+_PROBE = Form("dense", "linear", 8, (8,), None, "float")
 _RACE = 3.0  # seconds for each shape
 _LIMIT = 120.0  # seconds for the timing of one engine
 
@@ -103,6 +110,49 @@ def _measured(
         child.deadline = deadline
     keep(table, costs)
     return table, seconds
+
+
+def tuned(
+    wanted: Sequence[tuple[Form, int]], opset: int, options: Options, *, child: Child, costs: Path, scratch: Path, progress: Progress
+) -> CostTable:  # fmt: skip
+    """The target's table with these forms measured, as it is kept from now on."""
+    runtime = runtime_of(options.target)
+    child.deadline = None
+    probe = save_model(micro(_PROBE, 1, factorization("dense"), (), opset, 0), new_folder(scratch / "probe"))
+    with build(child, options.target, probe, fast(options)) as engine:
+        described = engine.describe()
+    table = tune(
+        table_of(options.target, described, options.threads, costs), wanted, methods=factorizations(),
+        lowering=runtime.lowering(options.target), build=fast(options), opset=opset, seed=options.seed, child=child, scratch=scratch,
+        progress=progress,
+    )  # fmt: skip
+    keep(table, costs)
+    return table
+
+
+def forms_in(finding: Finding, rows: Mapping[str, int], dtype: str | None) -> tuple[tuple[Form, int], ...]:
+    """Forms of every weight of a model that is multiplied, and of those that read one value together, at their rows."""
+    pairs: dict[tuple[Form, int], None] = {}
+    for group in finding.groups:
+        site = group.sites[0]
+        together = group.kind in ("qkv", "gate_up")
+        if site.kind == "linear" and (together or group.kind in ("alone", "shared")):
+            widths = tuple(s.N for s in group.sites) if together else (site.N,)
+            for form in standard_forms(site.K, widths, dtype or site.dtype, RANKS):
+                pairs[form, rows.get(site.name, 0)] = None
+    return tuple(p for p in pairs if p[1] > 0)
+
+
+def common_forms(target: str, dtype: str | None) -> tuple[tuple[Form, int], ...]:
+    """Square weights and those of an FFN, of common widths, at few and many rows; smaller ones in float32 on a CPU."""
+    widths, rows, usual = _ON_CPU if target.endswith("cpu") or target == "reference" else _ON_GPU
+    sizes = dict.fromkeys(size for d in widths for size in ((d, d), (d, 4 * d), (4 * d, d)))
+    return tuple(
+        (form, count)
+        for K, N in sizes
+        for form in standard_forms(K, (N,), dtype or usual, 3)
+        for count in rows
+    )
 
 
 def speedup(

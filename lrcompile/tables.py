@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from lrcompile.records import Decision, Evidence, Plan, Result, Totals, Tradeoff
+from lrcompile.timing import CostTable
 
 
 def columns(rows: Sequence[Sequence[str]], left: Iterable[int] = (0,)) -> list[str]:
@@ -144,7 +145,41 @@ def result_table(result: Result) -> str:
     curve = result.tradeoff
     tried = ["", *tradeoff_lines(curve)] if curve is not None and curve.searched else []
     totals = totals_lines(result.totals)
-    return "\n".join([plan_table(result.plan), "", *figures(e), "", *totals, "", last, *tried])
+    return "\n".join(
+        [plan_table(result.plan), "", *figures(e), "", *totals, "", *map(str, result.speed), last, *tried]
+    )
+
+
+def cost_table(table: CostTable) -> str:
+    """Every timing, those of one weight together: milliseconds, their spread, and the share of what the weight itself takes."""
+    dense = {(t.form.K, t.form.widths, t.rows): t.seconds for t in table.timings if t.form.method == "dense"}
+    rows = [["K", "N", "rows", "form", "rank", "type", "ms", "spread", "of dense"]]
+    for t in sorted(
+        table.timings, key=lambda t: (t.form.K, t.form.widths, t.rows, t.form.method, t.form.rank or 0)
+    ):
+        f = t.form
+        alone = [dense.get((f.K, (n,), t.rows)) for n in f.widths]
+        whole = None if None in alone else sum(a for a in alone if a is not None)
+        share = f"{t.seconds / whole:.2f}" if whole else ""
+        name = f.method + (", permutation folded" if f.permutes == "out" else "")
+        widths = "+".join(map(str, f.widths))
+        rank = "" if f.rank is None else str(f.rank)
+        rows.append(
+            [
+                str(f.K),
+                widths,
+                str(t.rows),
+                name,
+                rank,
+                f.dtype,
+                f"{1e3 * t.seconds:.4f}",
+                f"{t.spread:.0%}",
+                share,
+            ]
+        )
+    threads = f"{table.threads} thread{'s' * (table.threads > 1)}"
+    head = f"{len(table.timings)} timings of {table.target} on {table.device}, {table.version}, {threads}"
+    return "\n".join([head, *columns(rows, left=(1, 3, 5))])
 
 
 def _share(after: int, before: int) -> str:

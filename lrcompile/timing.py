@@ -229,6 +229,22 @@ def ranks_to_measure(ranks: Sequence[int], most: int) -> tuple[int, ...]:
     return tuple(ranks[i] for i in dict.fromkeys(places.tolist()))
 
 
+def standard_forms(K: int, widths: tuple[int, ...], dtype: str, most: int) -> tuple[Form, ...]:
+    """What is measured of a weight of that size where no plan says what is asked for: as it is, a pair of factors, and the pivoted form
+    with its permutation and without; `most` ranks of each up to where a pair has as many numbers as the weight.
+    """
+    N = sum(widths)
+    even = K * N // (K + N)
+    step = 32 if even >= 256 else 8 if even >= 64 else 1
+    ranks = ranks_to_measure(range(step, even + 1, step), most)
+    made = [Form("dense", "linear", K, (n,), None, dtype) for n in widths]
+    made += [Form("svd", "linear", K, widths, r, dtype) for r in ranks]
+    made += [Form("pivoted", "linear", K, widths, r, dtype) for r in ranks]
+    if len(widths) == 1:
+        made += [Form("pivoted", "linear", K, widths, r, dtype, permutes="out") for r in ranks]
+    return tuple(dict.fromkeys(made))
+
+
 def gaps(table: CostTable, wanted: Iterable[tuple[Form, int]]) -> tuple[tuple[Form, int], ...]:
     """What is wanted and was not measured: (form, rows), each once."""
     known = {(t.form, t.rows) for t in table.timings}

@@ -26,7 +26,7 @@ from tests.graphs import node, normal, proto
 Run = Callable[..., Result]
 
 ROWS = 64
-COMMANDS = ("export", "inspect", "plan", "compile", "verify", "bench", "doctor")
+COMMANDS = ("export", "inspect", "plan", "compile", "verify", "tune", "bench", "doctor")
 
 
 def write_model(folder: Path) -> Path:
