@@ -9,7 +9,8 @@ Fixed, whatever stands around them, are
    something else; the elementwise nodes between two islands; a square before a sum.
 4. what leads to a Sin or Cos: the angles of a rotary embedding are positions times frequencies.
 5. in float16, what leads from a constant beyond its range to a Softmax: a mask of -3.4e38 may be added to a score, -65504 may not.
-6. DequantizeLinear and QuantizeLinear whose scales are too small for normal halves.
+6. DequantizeLinear and QuantizeLinear whose scales are too small for normal halves, and what adds or clips to a scalar that is
+   (1e-9, so that nothing is divided by zero), with what divides by it as in 3.
 A node that only moves numbers, or adds and multiplies them, is part of an island when all that it reads comes out of islands,
 constants and graph inputs, and all who read it compute in float32.
 """
@@ -57,6 +58,7 @@ KEPT: Mapping[str, frozenset[int]] = {
     "Dropout": frozenset({1}),
 }
 _ROOTS = frozenset({"Sqrt", "Reciprocal", "Pow", "Exp"})
+_GUARDS = ELEMENTWISE | {"Clip"}
 _SUMS = frozenset({"ReduceMean", "ReduceSum"})
 _WAVES = frozenset({"Sin", "Cos"})
 
@@ -132,7 +134,8 @@ def _fixed(model: ir.Model, concerned: list[ir.Node], types: Types, half: ir.Dat
     opset = opset_of(model)
     fixed = {n for n in concerned if n.op_type in EXACT or not _has_form(n, types, half, opset)}
     least, most = finite_range(half)
-    fixed |= {n for n in concerned if n.op_type.endswith("uantizeLinear") and _tiny_scale(n, least)}
+    fixed |= {n for n in concerned if n.op_type.endswith("uantizeLinear") and _is_tiny(n.inputs[1], least)}
+    guards = {n for n in concerned if n.op_type in _GUARDS and any(_is_tiny(v, least, 1) for v in n.inputs)}
     if half == ir.DataType.FLOAT16:
         fixed |= _masks(concerned, types, most)
     for wave in [n for n in concerned if n.op_type in _WAVES]:
@@ -141,8 +144,8 @@ def _fixed(model: ir.Model, concerned: list[ir.Node], types: Types, half: ir.Dat
             lambda n: [p for v in n.inputs if v is not None and (p := v.producer()) is not None],
             _leads,
         )
-    fixed |= _tails(concerned, fixed, types)
-    return fixed
+    fixed |= guards
+    return fixed | _tails(concerned, fixed, guards, types)
 
 
 def _has_form(node: ir.Node, types: Types, half: ir.DataType, opset: int) -> bool:
@@ -167,12 +170,13 @@ def _has_form(node: ir.Node, types: Types, half: ir.DataType, opset: int) -> boo
     return made and reads
 
 
-def _tiny_scale(node: ir.Node, least: float) -> bool:
-    tensor = tensor_of(node.inputs[1]) if len(node.inputs) > 1 else None
-    if tensor is None or tensor.dtype != FLOAT:
+def _is_tiny(value: ir.Value | None, least: float, size: int | None = None) -> bool:
+    """Whether a constant (of that many elements) holds a number between zero and the least normal one."""
+    tensor = tensor_of(value)
+    if tensor is None or tensor.dtype != FLOAT or size not in (None, tensor.size):
         return False
-    scales = np.abs(tensor.numpy())
-    return bool(np.any((scales > 0) & (scales < least)))
+    numbers = np.abs(tensor.numpy())
+    return bool(np.any((numbers > 0) & (numbers < least)))
 
 
 def exceeds(tensor: ir.TensorProtocol, most: float) -> bool:
@@ -230,10 +234,10 @@ def _closure(
     return seen
 
 
-def _tails(concerned: list[ir.Node], fixed: set[ir.Node], types: Types) -> set[ir.Node]:
+def _tails(concerned: list[ir.Node], fixed: set[ir.Node], guards: set[ir.Node], types: Types) -> set[ir.Node]:
     """Elementwise nodes that belong to an island: they finish a root or a power, square for a sum, or lie between two."""
     added: set[ir.Node] = set()
-    tails = {n for n in fixed if n.op_type in _ROOTS}
+    tails = guards | {n for n in fixed if n.op_type in _ROOTS}
     for node in concerned:  # in order, so that a tail of a tail is found
         if node in fixed or node.op_type not in ELEMENTWISE:
             continue
