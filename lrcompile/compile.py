@@ -249,17 +249,31 @@ def job_of(known: Study) -> Job:
 
 
 def at_hand(known: Study) -> tuple[Path, Feeds]:
-    """A file of the original that runs, and feeds that it accepts, in the shapes that were asked for."""
+    """A file of the original that runs, and feeds that it accepts: of an engine that is built for its shapes in these."""
     options, source = known.options, known.source
     known.child.engine = engine_options(options)
     original = original_of(source, known.places.lab, known.child, known.scratch)
+    shaped = known.runtime.engine_file(options.target) is not None
+    return original, _drawn(known, original, shaped_dims(known) if shaped else options.dims)
+
+
+def _drawn(known: Study, original: Path, dims: Mapping[str, int]) -> Feeds:
     first = next(iter(known.calibration or known.held_out or ()), None)
-    usual = {r.input: r.usual for r in options.engine.shapes}
-    dims = {**options.dims, **dims_of(usual, inputs_of(source.model))}
-    drawn = feeds_for(
-        source.model, original, known.child, known.places.lab, seed=options.seed, dims=dims, like=first
+    return feeds_for(
+        known.source.model,
+        original,
+        known.child,
+        known.places.lab,
+        seed=known.options.seed,
+        dims=dims,
+        like=first,
     )
-    return original, drawn
+
+
+def shaped_dims(known: Study) -> dict[str, int]:
+    """The free dimensions of the inputs, with what ``--shape`` says of them."""
+    usual = {r.input: r.usual for r in known.options.engine.shapes}
+    return {**known.options.dims, **dims_of(usual, inputs_of(known.source.model))}
 
 
 def typed(model: ir.Model, known: Study, widen: bool = False) -> ir.Model:
@@ -342,18 +356,20 @@ def _timed(problem: Problem, known: Study) -> Problem:
         )
     made, where = timed_problem(
         problem, source, known.finding, known.methods, known.runtime.lowering(known.options.target), dense,
-        speed_feeds(known, drawn)[0], known.options, child=known.child, costs=known.cache.costs, scratch=known.scratch,
+        speed_feeds(known, original, drawn)[0], known.options, child=known.child, costs=known.cache.costs, scratch=known.scratch,
         runs=not known.places.unrunnable, progress=known.progress,
     )  # fmt: skip
     logger.info("%s", where)
     return made
 
 
-def speed_feeds(known: Study, drawn: Feeds) -> list[Feed]:
-    """One feed of each shape at which speed counts: what ``--shape`` names, or the user's data has."""
-    given = () if known.options.engine.shapes else (known.held_out or known.calibration or ())
+def speed_feeds(known: Study, original: Path, drawn: Feeds) -> list[Feed]:
+    """One feed of each shape at which speed counts: what ``--shape`` names, or the user's data has, or what was drawn."""
+    if known.options.engine.shapes:
+        return [next(iter(_drawn(known, original, shaped_dims(known))))]
+    given = known.held_out or known.calibration or drawn
     by_shape = {tuple(a.shape for a in feed.values()): feed for feed in itertools.islice(given, _LOOKED_AT)}
-    return list(by_shape.values())[:_RACED] or [next(iter(drawn))]
+    return list(by_shape.values())[:_RACED]
 
 
 def whole_of(known: Study) -> Whole:
@@ -383,7 +399,9 @@ def _attempt(chosen: Plan, job: Job, number: int) -> Attempt:
     evidence = judge(evidence, options.budget.max_error, unchanged=model is None)
     races: tuple[Race, ...] = ()
     if sets and options.budget.asks_speed and evidence.verdict != "failed" and not job.places.unrunnable:
-        races = speedup(child, job.dense, path, speed_feeds(job, job.drawn), options, job.progress)
+        races = speedup(
+            child, job.dense, path, speed_feeds(job, job.original, job.drawn), options, job.progress
+        )
     return Attempt(annotate(chosen, sets), sets, neutral, model, path, judged, evidence, races)
 
 

@@ -28,7 +28,7 @@ from lrcompile.timing import Clock, CostTable, Form, standard_forms
 from lrcompile.tune import RANKS, keep, shipped, table_of, tune, wanted_of
 
 if TYPE_CHECKING:
-    from lrcompile.child import Child
+    from lrcompile.child import Child, RemoteEngine
     from lrcompile.feeds import Feed
 
 logger = logging.getLogger(__name__)
@@ -89,20 +89,13 @@ def _measured(
     rows: Mapping[str, int], options: Options, child: Child, costs: Path, scratch: Path, progress: Progress,
 ) -> tuple[CostTable, float]:  # fmt: skip
     """The target's table with all that the problem asks about, and seconds of a run of the original."""
-    with build(child, options.target, dense, fast(options)) as engine:
-        described = engine.describe()
-        seconds, _ = child.call(
-            "lrcompile.tune:time_engine",
-            engine,
-            feed,
-            threads=options.threads,
-            timeout=_LIMIT,
-            what="timing the original",
-        )
     deadline, child.deadline = child.deadline, None  # each build and timing has a limit of its own
     try:
+        with build(child, options.target, dense, fast(options)) as engine:
+            described, seconds = engine.describe(), seconds_of(engine, feed, options, child)
         table = tune(
-            table_of(options.target, described, options.threads, costs), wanted_of(problem, methods, rows, STORED[options.precision] if options.precision else None), methods=methods,
+            table_of(options.target, described, options.threads, costs),
+            wanted_of(problem, methods, rows, STORED[options.precision] if options.precision else None), methods=methods,
             lowering=lowering, build=fast(options), opset=source.opset, seed=options.seed, child=child, scratch=scratch,
             progress=progress,
         )  # fmt: skip
@@ -110,6 +103,19 @@ def _measured(
         child.deadline = deadline
     keep(table, costs)
     return table, seconds
+
+
+def seconds_of(engine: RemoteEngine, feed: Feed, options: Options, child: Child) -> float:
+    """Of one run of an engine."""
+    seconds: float = child.call(
+        "lrcompile.tune:time_engine",
+        engine,
+        feed,
+        threads=options.threads,
+        timeout=_LIMIT,
+        what="timing the original",
+    )[0]
+    return seconds
 
 
 def tuned(
