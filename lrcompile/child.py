@@ -76,6 +76,11 @@ class RemoteEngine:
         result: dict[str, str] = self._ask("describe")
         return result
 
+    def nodes(self) -> dict[str, int]:
+        """``OpType (domain) on Provider`` -> count: what really runs."""
+        result: dict[str, int] = self._ask("nodes")
+        return result
+
     def close(self) -> None:
         """Free it. Nothing happens when it or its process is gone."""
         self._child._release(self._handle)

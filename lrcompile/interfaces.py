@@ -264,6 +264,10 @@ class Engine(Runs, Protocol):
         """
         ...
 
+    def nodes(self) -> Mapping[str, int]:
+        """``OpType (domain) on Provider`` -> count: what really runs, after the runtime's own optimisations."""
+        ...
+
 
 class Rewrite(Protocol):
     """A named step from the neutral form to a target's best encoding, in place."""
@@ -289,6 +293,10 @@ class Runtime(Protocol):
     def availability(self, target: str) -> Availability: ...
 
     def lowering(self, target: str) -> tuple[Rewrite, ...]: ...
+
+    def fusions(self, target: str) -> tuple[Rewrite, ...]:
+        """Rewrites of a lowered model to fused operators that the target has kernels for; each may leave the model as it is."""
+        ...
 
     def supports(self, decision: Decision, target: str) -> Refusal | None: ...
 

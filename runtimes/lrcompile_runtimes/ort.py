@@ -1,15 +1,17 @@
-"""ONNX Runtime. A target is a row of `_TARGETS`: the execution provider that must be the active one.
+"""ONNX Runtime. A target is a row of `_ort_devices.TARGETS`: the execution provider that must be the active one.
 
-Refusals: no silent fallback to another provider; inputs and outputs that its Python door cannot pass (2 and 4 bits, and
-strings in a model that has bfloat16 or float8 ones too).
+Refusals: no silent fallback to another provider, nor of a node that computes to the CPU; inputs and outputs that its Python door
+cannot pass (2 and 4 bits, and strings in a model that has bfloat16 or float8 ones too).
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
+import importlib.util
+import itertools
+import logging
+import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,51 +19,35 @@ from lrcompile.errors import BuildError, PluginError
 from lrcompile.interfaces import Availability, BuildOptions, Engine, Rewrite, Runtime
 from lrcompile.records import Built, Decision, Refusal
 from lrcompile_runtimes import Port, check_feeds, repeated, words
+from lrcompile_runtimes._ort_devices import TARGETS, load, missing, open_session
+from lrcompile_runtimes._ort_nodes import check_placement, count_nodes, record
 
 if TYPE_CHECKING:
     import numpy as np
-    import onnxruntime
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
+logger = logging.getLogger(__name__)
 
-@dataclass(frozen=True, slots=True)
-class _Target:
-    provider: str
-    device: str
-    extra: str
-
-
-_TARGETS = {"ort-cpu": _Target("CPUExecutionProvider", "CPU", "cpu")}
-
-# Above this the session keeps no copies of weights in a layout of its own, and memory is given back after each run.
-_BIG = 256 << 20
-_M_MMAP_THRESHOLD = -3  # of malloc.h
+_NO_GRAPH = "-1"  # a run that neither records nor replays a CUDA graph
 
 
 class OrtEngine:
     """A session on a model file."""
 
     def __init__(self, model: Path, options: BuildOptions) -> None:
-        ort = _import(target := _TARGETS[options.target])
-        if target.provider not in (available := ort.get_available_providers()):
-            raise BuildError(
-                f"this onnxruntime has no {target.provider}, only {', '.join(available)}; {_remedy(target)}"
-            )
+        self._target = target = TARGETS[options.target]
+        ort = load(target)
+        if why := missing(ort, target):
+            raise BuildError(why)
         if not model.is_file():
             raise BuildError(f"there is no model file {model}")
-        try:
-            session = ort.InferenceSession(
-                str(model), _session_options(ort, model, options), providers=[target.provider]
-            )
-        except Exception as error:  # pybind classes of its own, RuntimeError, ValueError
-            raise BuildError(f"ONNX Runtime refuses {model.name}: {words(error)}") from error
-        if session.get_providers()[0] != target.provider:
-            raise BuildError(
-                f"ONNX Runtime runs {model.name} on {session.get_providers()[0]} instead of {target.provider}"
-            )
-        session.disable_fallback()
-        self._ort, self._session, self._target = ort, session, target
+        strict = target.device == "GPU" and not options.engine.cpu_nodes
+        session = open_session(ort, model, options, record if strict else None)
+        if strict:
+            check_placement(session, model, options.target)
+        self._ort, self._session, self._model, self._options = ort, session, model, options
+        self._graphs = itertools.count(1)  # the next CUDA graph's number
         required, optional = session.get_inputs(), session.get_overridable_initializers()
         self._ports = tuple(_port(node, node in optional) for node in (*required, *optional))
         self._outputs = tuple(output.name for output in session.get_outputs())
@@ -79,17 +65,73 @@ class OrtEngine:
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         check_feeds(self._ports, feeds)
         try:
-            values = self._run_raw(feeds) if self._raw else self._session.run(None, dict(feeds))
+            settings = self._settings(
+                _NO_GRAPH
+            )  # a graph replays fixed addresses, and these feeds come from anywhere
+            values = (
+                self._run_raw(feeds, settings)
+                if self._raw
+                else self._session.run(None, dict(feeds), settings)
+            )
         except Exception as error:
             raise BuildError(f"ONNX Runtime cannot run the model: {words(error)}") from error
         return dict(zip(self._outputs, values, strict=True))
 
-    def _run_raw(self, feeds: Mapping[str, Array]) -> list[Array]:
+    def _run_raw(self, feeds: Mapping[str, Array], settings: Any) -> list[Array]:
         values = {name: _to_ort(self._ort, array) for name, array in feeds.items()}
-        return [_from_ort(value) for value in self._session.run_with_ort_values(None, values)]
+        return [_from_ort(value) for value in self._session.run_with_ort_values(None, values, settings)]
 
     def bound(self, feeds: Mapping[str, Array]) -> Callable[[int], None]:
-        return repeated(self.run, feeds)
+        # a plug-in provider's device cannot be written to from the CPU build of onnxruntime, which it comes with
+        if self._target.device == "CPU" or self._target.package:
+            return repeated(self.run, feeds)
+        check_feeds(self._ports, feeds)
+        try:
+            return self._on_device(feeds)
+        except Exception as error:
+            raise BuildError(f"ONNX Runtime cannot run the model: {words(error)}") from error
+
+    def _on_device(self, feeds: Mapping[str, Array]) -> Callable[[int], None]:
+        """Feeds and outputs in buffers on the GPU that stay where they are; with CUDA graphs, one graph for them, recorded here."""
+        session, binding = self._session, self._session.io_binding()
+        for name, array in feeds.items():
+            if array.dtype.isbuiltin == 1:
+                binding.bind_ortvalue_input(name, self._ort.OrtValue.ortvalue_from_numpy(array, "cuda", 0))
+            else:  # strings stay on the host, and NumPy's door to the GPU knows no bfloat16
+                binding.bind_ortvalue_input(name, _to_ort(self._ort, array))
+        for name in self._outputs:
+            binding.bind_output(name, "cuda", 0)
+        session.run_with_iobinding(binding, self._settings(_NO_GRAPH))  # finds the outputs' shapes
+        outputs = binding.get_outputs()
+        binding.clear_binding_outputs()
+        for name, value in zip(self._outputs, outputs, strict=True):
+            binding.bind_ortvalue_output(name, value)
+        number = next(self._graphs)
+        settings = self._settings(str(number), synchronize=False)
+
+        def times(count: int) -> None:
+            for _ in range(count):
+                session.run_with_iobinding(binding, settings)
+            binding.synchronize_outputs()
+
+        times(2)  # records
+        if self._options.engine.cuda_graph:
+            weakref.finalize(times, session.release_captured_graph, number)
+        return times
+
+    def _settings(self, graph: str, synchronize: bool = True) -> Any:
+        """Run options, or None where the session's own do. graph: number of the CUDA graph to record or replay."""
+        if self._target.device == "CPU":
+            return None
+        settings = self._ort.RunOptions()
+        if self._options.engine.cuda_graph:
+            settings.add_run_config_entry("gpu_graph_id", graph)
+        if not synchronize:
+            settings.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        return settings
+
+    def nodes(self) -> dict[str, int]:
+        return count_nodes(self._ort, self._model, self._options)
 
     def describe(self) -> dict[str, str]:
         return {
@@ -104,64 +146,6 @@ class OrtEngine:
 
     def __exit__(self, *exc: object) -> None:
         del self._session
-
-
-def _import(target: _Target) -> Any:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise PluginError(f"onnxruntime is not installed; {_remedy(target)}") from error
-    return onnxruntime
-
-
-def _remedy(target: _Target) -> str:
-    return f'pip install "lrcompile[{target.extra}]"'
-
-
-def _session_options(ort: Any, model: Path, options: BuildOptions) -> onnxruntime.SessionOptions:
-    session = ort.SessionOptions()
-    session.log_severity_level = 3  # errors
-    session.intra_op_num_threads = options.threads
-    session.inter_op_num_threads = 1
-    session.use_deterministic_compute = True
-    if not options.optimize:
-        session.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    if options.exact:
-        session.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    if _weight_bytes(model) > _BIG:
-        session.add_session_config_entry("session.disable_prepacking", "1")
-        session.enable_cpu_mem_arena = False
-        session.enable_mem_pattern = False
-        _give_back()
-    return session
-
-
-def _give_back() -> None:
-    """Let this process return freed blocks of 1 MiB and more to the system at once.
-
-    glibc raises that limit to the largest block it saw freed, and keeps what is smaller: 500 MB for a run of SmolLM2.
-    """
-    with contextlib.suppress(AttributeError, OSError):  # another C library
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
-
-
-def _weight_bytes(model: Path) -> int:
-    """Bytes of the weights, those in external files included."""
-    size = model.stat().st_size
-    if size > _BIG:
-        return size
-    import mmap
-
-    with model.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        if (
-            mapped.find(b"location") < 0
-        ):  # the key that external data has: importing onnx_ir for all takes 0.3 s
-            return size
-    import onnx_ir as ir
-
-    from lrcompile import graph
-
-    return sum(use.tensor.nbytes for use in graph.tensors(ir.load(model)))
 
 
 def _port(node: Any, optional: bool) -> Port:
@@ -207,22 +191,28 @@ class OrtRuntime:
     name = "ort"
 
     def targets(self) -> tuple[str, ...]:
-        return tuple(_TARGETS)
+        return tuple(TARGETS)
 
     def availability(self, target: str) -> Availability:
         try:
-            ort = _import(_TARGETS[target])
+            ort = load(TARGETS[target])
         except PluginError as error:
             return Availability(False, str(error))
-        versions = (("onnxruntime", str(ort.__version__)),)
-        if (provider := _TARGETS[target].provider) not in ort.get_available_providers():
-            return Availability(
-                False, f"this onnxruntime has no {provider}; {_remedy(_TARGETS[target])}", versions
-            )
-        return Availability(True, versions=versions)
+        why = missing(ort, TARGETS[target])
+        return Availability(not why, why, (("onnxruntime", str(ort.__version__)),))
 
     def lowering(self, target: str) -> tuple[Rewrite, ...]:
-        return ()
+        return ()  # docs/fusions.md: what was measured
+
+    def fusions(self, target: str) -> tuple[Rewrite, ...]:
+        if target in ("ort-tensorrt", "ort-trt-rtx"):  # TensorRT's parser knows no operator of com.microsoft
+            return ()
+        if importlib.util.find_spec("onnxscript") is None:
+            logger.info("no fusions without onnxscript; pip install 'lrcompile[torch]'")
+            return ()
+        from lrcompile_runtimes._ort_fusions import TransformerFusions
+
+        return (TransformerFusions(),)
 
     def supports(self, decision: Decision, target: str) -> Refusal | None:
         return None

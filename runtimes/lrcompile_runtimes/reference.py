@@ -7,6 +7,7 @@ model is read into memory. What it lacks (an operator, a type) is refused when t
 from __future__ import annotations
 
 import importlib.metadata
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,9 @@ class ReferenceEngine:
             self._ports = tuple(_ports(proto))
             self._outputs = tuple(output.name for output in proto.graph.output)
             self._evaluator = ReferenceEvaluator(proto)
+            self._nodes = Counter(
+                f"{n.op_type} ({n.domain or 'ai.onnx'}) on reference" for n in proto.graph.node
+            )
         except Exception as error:  # the evaluator raises of all kinds
             raise BuildError(f"the reference evaluator cannot load {model.name}: {words(error)}") from error
 
@@ -54,6 +58,9 @@ class ReferenceEngine:
 
     def bound(self, feeds: Mapping[str, Array]) -> Callable[[int], None]:
         return repeated(self.run, feeds)
+
+    def nodes(self) -> dict[str, int]:
+        return dict(sorted(self._nodes.items()))
 
     def describe(self) -> dict[str, str]:
         return {"runtime": "reference", "device": "CPU", "version": importlib.metadata.version("onnx")}
@@ -95,6 +102,9 @@ class ReferenceRuntime:
         return Availability(True, versions=(("onnx", importlib.metadata.version("onnx")),))
 
     def lowering(self, target: str) -> tuple[Rewrite, ...]:
+        return ()
+
+    def fusions(self, target: str) -> tuple[Rewrite, ...]:
         return ()
 
     def supports(self, decision: Decision, target: str) -> Refusal | None:
