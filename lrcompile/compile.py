@@ -39,6 +39,7 @@ from lrcompile.errors import BuildError, VerificationError
 from lrcompile.factorize import annotate, factorize
 from lrcompile.factors import FactorSet
 from lrcompile.feeds import STYLES, Feed, Feeds, calibration_and_held_out, draw, inputs_of
+from lrcompile.fused import Nodes, fuse
 from lrcompile.interfaces import BuildOptions, Factorization, Runtime, StatisticsSource
 from lrcompile.load import load
 from lrcompile.lower import lower
@@ -74,6 +75,7 @@ from lrcompile.store import (
     copy_folder,
     default_cache,
     load_function,
+    new_folder,
     remove_folder,
     staging,
 )
@@ -121,11 +123,13 @@ class Study:
 class Job(Study):
     """What every plan of one compile has in common: the study, and what the plans are measured with.
 
-    original: a file of it that runs. dense: the same in the precision that was asked for, which engines are raced against.
+    original: a file of it that runs. dense: the same in the precision that was asked for, which engines are raced against. nodes: what runs
+    of it.
     """
 
     original: Path
     dense: Path
+    nodes: Nodes
     drawn: Feeds
     judged_on: Feeds
     metric: tuple[Metric, float] | None
@@ -244,8 +248,17 @@ def job_of(known: Study) -> Job:
     if (function := load_metric(options.metric)) is not None:
         with build(child, known.places.judge, original) as engine:
             metric = function, score(function, engine, judged_on)
+    nodes = nodes_in(known, dense) if known.runtime.fusions(options.target) else {}
     shared = {f.name: getattr(known, f.name) for f in fields(known)}
-    return Job(**shared, original=original, dense=dense, drawn=drawn, judged_on=judged_on, metric=metric)
+    return Job(
+        **shared, original=original, dense=dense, nodes=nodes, drawn=drawn, judged_on=judged_on, metric=metric
+    )
+
+
+def nodes_in(known: Study, path: Path) -> Nodes:
+    """The operators that really run of a model file, after the runtime's own optimisations, with where each runs."""
+    with build(known.child, known.places.judge, path) as engine:
+        return engine.nodes()
 
 
 def at_hand(known: Study) -> tuple[Path, Feeds]:
@@ -392,6 +405,8 @@ def _attempt(chosen: Plan, job: Job, number: int) -> Attempt:
     model = lowered
     if options.precision is not None:
         model = typed(lowered or job.source.model, job)
+    if sets and model is not None and job.nodes:
+        model = _fused(model, sets, job)
     path = save_lowered(model, job.source, job.scratch / f"trial-{number}", options.external_data)
     judged = _judged(path, lowered or job.source.model, job)
     with build(child, judge_in, job.original) as dense, build(child, judge_in, judged) as engine:
@@ -403,6 +418,23 @@ def _attempt(chosen: Plan, job: Job, number: int) -> Attempt:
             child, job.dense, path, speed_feeds(job, job.original, job.drawn), options, job.progress
         )
     return Attempt(annotate(chosen, sets), sets, neutral, model, path, judged, evidence, races)
+
+
+def _fused(model: ir.Model, sets: Sequence[FactorSet], job: Job) -> ir.Model:
+    """The model with fusions of our own where the runtime's would be fewer than in the original."""
+
+    def nodes_of(made: ir.Model) -> Nodes:
+        folder = new_folder(job.scratch / "fused")
+        try:
+            return nodes_in(job, save_lowered(made, job.source, folder, is_large(made) or None))
+        finally:
+            remove_folder(folder)
+
+    table = any(s.kind == "lookup" for f in sets for s in f.group.sites)
+    found = fuse(model, job.runtime.fusions(job.options.target), job.nodes, nodes_of, factored_table=table)
+    for lost in found.lost:
+        logger.warning("fewer fused operators run than in the original: %s", lost)
+    return found.model
 
 
 def _judged(path: Path, lowered: ir.Model, job: Job) -> Path:
@@ -470,7 +502,8 @@ def _prove(best: Attempt, job: Job) -> Evidence:
         noise = noise_of(job.child, job.places.judge, job.original, None, job.drawn)
     else:
         noise = prove(best.judged, best.sets, job, widen=best.judged != best.path)
-    return best.evidence.with_noise(noise.relative)
+    nodes = tuple(sorted(nodes_in(job, best.judged).items()))
+    return replace(best.evidence.with_noise(noise.relative), nodes=nodes)
 
 
 def prove(path: Path, sets: Sequence[FactorSet], job: Job, widen: bool = False) -> Noise:

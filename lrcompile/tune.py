@@ -174,12 +174,19 @@ def _path(table: CostTable, costs: Path) -> Path:
 
 
 def _device(described: Mapping[str, str]) -> str:
-    """The device that an engine says it runs on; of a CPU its model, because ``CPU`` says nothing of its speed."""
+    """The device that an engine says it runs on, by the name of its model: ``CPU`` and ``GPU`` say nothing of its speed."""
     device = described.get("device", "")
-    if device.upper() != "CPU":
+    if device.upper() == "CPU":
+        return _read(Path("/proc/cpuinfo"), r"^model name\s*:\s*(.+)$") or platform.machine()
+    if device.upper() != "GPU":
         return device
+    boards = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+    return next((n for b in boards if (n := _read(b, r"^Model:\s*(.+)$"))), device)
+
+
+def _read(path: Path, pattern: str) -> str:
     try:
-        found = re.search(r"^model name\s*:\s*(.+)$", read_text(Path("/proc/cpuinfo")), re.M)
+        found = re.search(pattern, read_text(path), re.M)
     except LrcompileError:
-        found = None
-    return found[1].strip() if found else platform.machine()
+        return ""
+    return found[1].strip() if found else ""

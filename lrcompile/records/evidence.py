@@ -27,7 +27,7 @@ class OutputEvidence:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """The answers to both questions of verification."""
+    """The answers to both questions of verification. nodes: what ran, ``OpType (domain) on Provider``, and how often."""
 
     outputs: tuple[tuple[str, OutputEvidence], ...]
     engine: str  # "ran" or "built, not run: <reason>"
@@ -35,6 +35,7 @@ class Evidence:
     verdict: Literal["passed", "failed", "unchanged"]
     metric: tuple[float, float] | None = None  # original's and compiled's
     failures: tuple[str, ...] = ()
+    nodes: tuple[tuple[str, int], ...] = ()
 
     def with_noise(self, relative: Mapping[str, float]) -> Evidence:
         """The same with each output's noise floor filled in."""
@@ -46,6 +47,7 @@ class Evidence:
     def to_json(self) -> dict[str, Any]:
         document = dataclasses.asdict(self)
         document["outputs"] = {name: dataclasses.asdict(value) for name, value in self.outputs}
+        document["nodes"] = dict(self.nodes)
         return document
 
 
