@@ -195,6 +195,8 @@ def shapes_of(
     for value in copy.graph.inputs:
         if inputs is not None and (known := inputs.get(value.name or "")) is not None:
             value.shape = ir.Shape(known)
+    for _, node in list(nodes(copy)):
+        _as_its_first_input(node)
     if inputs is not None:  # what the file says of inner values would be held against the numbers
         for _, node in nodes(copy):
             for value in node.outputs:
@@ -208,9 +210,31 @@ def shapes_of(
     for ours, theirs in zip(bodies(model), bodies(copy), strict=True):
         pairs = [*zip(ours.graph.inputs, theirs.graph.inputs, strict=True)]
         for a, b in zip(ours.graph, theirs.graph, strict=True):
-            pairs += zip(a.outputs, b.outputs, strict=True)
+            pairs += zip(a.outputs, b.outputs, strict=False)  # an Identity has only the first
         shapes.update({a: b.shape for a, b in pairs if b.shape is not None})
     return shapes
+
+
+# Operators of runtimes that onnx's inference does not know, whose first output has the shape of the first input.
+_LIKE_FIRST = frozenset(
+    "MultiHeadAttention GroupQueryAttention RotaryEmbedding SkipLayerNormalization SkipSimplifiedLayerNormalization "
+    "LayerNormalization SimplifiedLayerNormalization Gelu FastGelu BiasGelu QuickGelu BiasAdd".split()
+)
+
+
+def _as_its_first_input(node: ir.Node) -> None:
+    """Make an operator of ONNX Runtime's domain an Identity, where its shape is what inference wants to know; of packed inputs it is not."""
+    packed = node.op_type in ("MultiHeadAttention", "GroupQueryAttention") and (
+        len(node.inputs) < 3 or None in node.inputs[1:3]
+    )
+    if node.domain != "com.microsoft" or node.op_type not in _LIKE_FIRST or packed or node.graph is None:
+        return
+    if any(v.uses() or v.is_graph_output() for v in node.outputs[1:]):
+        return
+    same = ir.Node("", "Identity", [node.inputs[0]], outputs=[ir.Value(name=node.outputs[0].name)])
+    ir.convenience.replace_nodes_and_values(
+        node.graph, node, [node], [same], [node.outputs[0]], [same.outputs[0]]
+    )
 
 
 class Names:

@@ -163,7 +163,8 @@ def open_session(
 def provider_options(options: BuildOptions) -> dict[str, str]:
     """Options of the target's provider, all as text. Raises BuildError for an `EngineOptions` that it has no use for."""
     target, engine = TARGETS[options.target], options.engine
-    known = {*target.fields, "provider", "cpu_nodes", *(("shapes",) if target.shapes else ())}
+    # shapes: a session takes any; what is said of them says at which ones speed counts
+    known = {*target.fields, "provider", "cpu_nodes", "shapes"}
     if target.device == "CPU":
         known.remove("cpu_nodes")
     blank = EngineOptions()

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lrcompile.cost import rows_of
 from lrcompile.records import Candidate, Cost, Group
 from lrcompile.registry import factorization
 from lrcompile.sites import find
@@ -182,3 +183,24 @@ def test_a_group_takes_the_time_of_all_its_readers() -> None:
     assert clock.of(group, None, None, {"first": 4}) == pytest.approx(law(form(8, 8, None), 4), rel=1e-12)
     assert clock.of(groups()["alone"], candidate(3), svd, {"lone": 4}) is None
     assert math.isfinite(law(form(8, 8, None), 1))
+
+
+def test_rows_behind_an_operator_that_onnx_does_not_know() -> None:
+    """A fused attention of ONNX Runtime: what stands behind it meets as many rows as what stands before it."""
+    nodes = [
+        node("MatMul", ["x", "w"], ["q"], name="query"),
+        node(
+            "MultiHeadAttention",
+            ["q", "q", "q"],
+            ["a"],
+            name="attention",
+            domain="com.microsoft",
+            num_heads=2,
+        ),
+        node("MatMul", ["a", "w2"], ["y"], name="output"),
+    ]
+    made = model(nodes, {"x": ("b", "s", 8)}, ["y"], {"w": normal(8, 8), "w2": normal(8, 6)})
+    made.graph.opset_imports["com.microsoft"] = 1
+    rows = rows_of(made, find(made), {"x": np.zeros((2, 5, 8), np.float32)})
+    assert rows == {"query": 10, "output": 10}
+    assert [n.op_type for n in made.graph] == ["MatMul", "MultiHeadAttention", "MatMul"]
