@@ -176,7 +176,7 @@ def provider_options(options: BuildOptions) -> dict[str, str]:
         value = getattr(engine, name)
         if value not in (None, False):
             made[option] = str(int(value))
-    if engine.shapes:
+    if engine.shapes and target.shapes:
         for part, attribute in (("min", "least"), ("opt", "usual"), ("max", "most")):
             ranges = (f"{s.input}:{'x'.join(map(str, getattr(s, attribute)))}" for s in engine.shapes)
             made[f"{target.shapes}{part}_shapes"] = ",".join(ranges)
