@@ -1,0 +1,89 @@
+"""ONNX Runtime's targets, as far as no GPU is needed: options, placement, missing providers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+pytest.importorskip("onnxruntime")
+
+from lrcompile.errors import BuildError
+from lrcompile.interfaces import BuildOptions
+from lrcompile.records import EngineOptions, ShapeRange
+from lrcompile.registry import runtime_of
+from lrcompile_runtimes._ort_devices import TARGETS, provider_options
+from lrcompile_runtimes._ort_nodes import _harmless
+from tests.graphs import model, node, normal, proto
+
+
+def given(target: str, *, cache: Path | None = None, exact: bool = True, **engine: object) -> dict[str, str]:
+    options = BuildOptions(target, exact=exact, cache=cache, engine=EngineOptions(**engine))  # type: ignore[arg-type]
+    return provider_options(options)
+
+
+def test_engine_options_become_the_providers_own() -> None:
+    assert given("ort-cpu") == {}
+    assert given("ort-cuda", cuda_graph=True, workspace=1 << 20)["enable_cuda_graph"] == "1"
+    assert given("ort-cuda", workspace=1 << 20)["gpu_mem_limit"] == "1048576"
+    assert given("ort-cuda")["use_tf32"] == "0"
+    assert "use_tf32" not in given("ort-cuda", exact=False)
+    assert given("ort-cuda", provider=(("use_tf32", "1"),))["use_tf32"] == "1"
+    shapes = (ShapeRange("x", (1, 8), (4, 8), (16, 8)), ShapeRange("y", (1,), (2,), (3,)))
+    made = given("ort-tensorrt", shapes=shapes, level=3, cache=Path("kept"))
+    assert made["trt_profile_min_shapes"] == "x:1x8,y:1"
+    assert made["trt_profile_opt_shapes"] == "x:4x8,y:2"
+    assert made["trt_profile_max_shapes"] == "x:16x8,y:3"
+    assert made["trt_builder_optimization_level"] == "3"
+    assert (made["trt_engine_cache_enable"], made["trt_engine_cache_path"]) == ("1", "kept")
+    assert given("ort-trt-rtx", cache=Path("kept")) == {"nv_runtime_cache_path": "kept"}
+
+
+@pytest.mark.parametrize(
+    ("target", "engine", "name"),
+    [
+        ("ort-cpu", {"cuda_graph": True}, "cuda_graph"),
+        ("ort-cpu", {"cpu_nodes": True}, "cpu_nodes"),
+        ("ort-cuda", {"streaming": 1}, "streaming"),
+        ("ort-cuda", {"level": 1}, "level"),
+        ("ort-tensorrt", {"refittable": True}, "refittable"),
+    ],
+)
+def test_an_option_without_a_use_is_refused_by_name(
+    target: str, engine: dict[str, object], name: str
+) -> None:
+    with pytest.raises(BuildError, match=f"{target} has no option for {name}"):
+        given(target, **engine)
+
+
+@pytest.mark.parametrize("target", [t for t in TARGETS if t != "ort-cpu"])
+def test_a_missing_provider_is_an_error(target: str, tmp_path: Path) -> None:
+    there = runtime_of(target).availability(target)
+    if there.ok:
+        pytest.skip("it is there")
+    assert "pip install" in there.reason
+    path = tmp_path / "model.onnx"
+    onnx.save(proto([node("Relu", ["x"], ["y"])], {"x": (2,)}, ["y"]), path)
+    with pytest.raises(BuildError) as caught:
+        runtime_of(target).build(path, BuildOptions(target))
+    assert str(caught.value) == there.reason
+
+
+def test_what_may_run_on_the_cpu_beside_a_gpu() -> None:
+    """Integers, and numbers that come from shapes alone; not what is computed from data."""
+    nodes = [
+        node("Shape", ["x"], ["s"], name="shape", end=1),
+        node("Concat", ["s", "w"], ["f"], name="concat", axis=0),
+        node("Cast", ["s"], ["c"], name="cast", to=1),
+        node("Sqrt", ["c"], ["r"], name="root"),
+        node("Mul", ["x", "r"], ["m"], name="scaled"),
+        node("ArgMax", ["m"], ["i"], name="best", axis=-1),
+        node("Reshape", ["m", "f"], ["y"], name="flat"),
+    ]
+    made = model(nodes, {"x": ("n", 4)}, ["y"], {"w": np.array([4]), "unused": normal(2)}, opset=20)
+    named, typed = _harmless(made)
+    assert {name for name, fine in named.items() if fine} == {"shape", "concat", "cast", "root", "best"}
+    assert typed["Mul"] is False
+    assert typed["Sqrt"] is True
