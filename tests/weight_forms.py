@@ -7,6 +7,7 @@ that fill their type, so that nothing is trivial to fold away.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -31,9 +32,10 @@ def graph(
     *,
     x: tuple[int, list[int | str]] = (F32, ["n", D]),
     y: int = F32,
+    opset: int = 21,
     functions: Sequence[onnx.FunctionProto] = (),
 ) -> onnx.ModelProto:
-    """From input ``x`` to output ``y``, at opset 21."""
+    """From input ``x`` to output ``y``."""
     made = helper.make_graph(
         list(nodes),
         "g",
@@ -41,9 +43,11 @@ def graph(
         [helper.make_tensor_value_info("y", y, None)],
         [numpy_helper.from_array(array, name) for name, array in constants.items()],
     )
-    domains = [("", 21), ("com.microsoft", 1), ("lrcompile", 1)]
+    domains = [("", opset), ("com.microsoft", 1), ("lrcompile", 1)]
     opsets = [helper.make_opsetid(*domain) for domain in domains]
-    return helper.make_model(made, opset_imports=opsets, ir_version=10, functions=functions)
+    return helper.make_model(
+        made, opset_imports=opsets, ir_version=10 if opset < 25 else 13, functions=functions
+    )
 
 
 def integers(dtype: Any, *shape: int) -> Array:
@@ -80,7 +84,8 @@ def dequantized(
         ),
         node("MatMul", ["d", "x"] if left else ["x", "d"], ["y"], name="mul"),
     ]
-    return graph(nodes, constants, x=(F32, [D, "n"] if left else ["n", rows]))
+    opset = 25 if dtype == ml_dtypes.int2 else 21
+    return graph(nodes, constants, x=(F32, [D, "n"] if left else ["n", rows]), opset=opset)
 
 
 def custom(op: str) -> onnx.ModelProto:
@@ -248,8 +253,6 @@ ENCODINGS: Mapping[str, Callable[[], onnx.ModelProto]] = {
     "uint4/32": lambda: dequantized(ml_dtypes.uint4, block=32),
     "int2/32": lambda: dequantized(ml_dtypes.int2, block=32),
     "int4/32 ragged": lambda: dequantized(ml_dtypes.int4, block=32, rows=D - 8),
-    "x100": lambda: dequantized(ml_dtypes.int4, block=32, rows=100),
-    "x112/64": lambda: dequantized(ml_dtypes.int4, block=64, rows=112),
     "MatMulNBits": lambda: custom("MatMulNBits"),
     "FusedMatMul": lambda: custom("FusedMatMul"),
     "GatherBlockQuantized": lambda: custom("GatherBlockQuantized"),
@@ -257,7 +260,6 @@ ENCODINGS: Mapping[str, Callable[[], onnx.ModelProto]] = {
     "int4 cast": lambda: cast(ml_dtypes.int4),
     "int8 left": lambda: dequantized(np.int8, left=True),
     "int4/32 left": lambda: dequantized(ml_dtypes.int4, block=32, left=True),
-    "int8/32 left": lambda: dequantized(np.int8, block=32, left=True),
     "int8 rows": lambda: table(late=True),
     "int8 table": lambda: table(late=False),
     "Einsum": einsum,
@@ -273,3 +275,33 @@ ENCODINGS: Mapping[str, Callable[[], onnx.ModelProto]] = {
     "DynamicQuantizeLinear": dynamic,
     "NonZero": non_zero,
 }
+
+
+# --- in a child process -------------------------------------------------------------------------------------------
+
+
+def kept_by_ort(path: str) -> int:
+    """Bytes of all constants in the graph that ONNX Runtime runs on the CPU. Raises what it raises where it refuses."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = f"{path}.optimized"
+    options.log_severity_level = 4
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    made = onnx.load(options.optimized_model_filepath)
+    return sum(len(tensor.raw_data) or tensor.ByteSize() for tensor in made.graph.initializer)
+
+
+def kept_by_rtx(path: str, capabilities: tuple[str, ...]) -> int:
+    """Bytes of all constants in TensorRT-RTX's engine. Raises BuildError where it refuses."""
+    from lrcompile.interfaces import BuildOptions
+    from lrcompile.records import EngineOptions, ShapeRange
+    from lrcompile.registry import runtime_of
+
+    (port,) = onnx.load(path).graph.input
+    dims = [dim.dim_value for dim in port.type.tensor_type.shape.dim]
+    least, usual, most = (tuple(dim or rows for dim in dims) for rows in (1, 8, 32))
+    options = EngineOptions(shapes=(ShapeRange(port.name, least, usual, most),), capabilities=capabilities)
+    engine = Path(path).with_suffix(".rtx")
+    built = runtime_of("trt-rtx").serialize(Path(path), engine, BuildOptions("trt-rtx", engine=options))
+    return int(dict(built.describe)["weights"].split()[0])
