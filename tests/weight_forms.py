@@ -7,7 +7,6 @@ that fill their type, so that nothing is trivial to fold away.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -275,33 +274,3 @@ ENCODINGS: Mapping[str, Callable[[], onnx.ModelProto]] = {
     "DynamicQuantizeLinear": dynamic,
     "NonZero": non_zero,
 }
-
-
-# --- in a child process -------------------------------------------------------------------------------------------
-
-
-def kept_by_ort(path: str) -> int:
-    """Bytes of all constants in the graph that ONNX Runtime runs on the CPU. Raises what it raises where it refuses."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath = f"{path}.optimized"
-    options.log_severity_level = 4
-    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    made = onnx.load(options.optimized_model_filepath)
-    return sum(len(tensor.raw_data) or tensor.ByteSize() for tensor in made.graph.initializer)
-
-
-def kept_by_rtx(path: str, capabilities: tuple[str, ...]) -> int:
-    """Bytes of all constants in TensorRT-RTX's engine. Raises BuildError where it refuses."""
-    from lrcompile.interfaces import BuildOptions
-    from lrcompile.records import EngineOptions, ShapeRange
-    from lrcompile.registry import runtime_of
-
-    (port,) = onnx.load(path).graph.input
-    dims = [dim.dim_value for dim in port.type.tensor_type.shape.dim]
-    least, usual, most = (tuple(dim or rows for dim in dims) for rows in (1, 8, 32))
-    options = EngineOptions(shapes=(ShapeRange(port.name, least, usual, most),), capabilities=capabilities)
-    engine = Path(path).with_suffix(".rtx")
-    built = runtime_of("trt-rtx").serialize(Path(path), engine, BuildOptions("trt-rtx", engine=options))
-    return int(dict(built.describe)["weights"].split()[0])

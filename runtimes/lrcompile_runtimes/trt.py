@@ -19,7 +19,7 @@ from lrcompile.interfaces import Availability, BuildOptions, Engine, Rewrite, Ru
 from lrcompile.records import Built, Decision, Refusal
 from lrcompile_runtimes import _cuda
 from lrcompile_runtimes._legality import verdict
-from lrcompile_runtimes._trt.build import Words, log_of, serialize
+from lrcompile_runtimes._trt.build import serialize
 from lrcompile_runtimes._trt.engine import RunOptions, TrtEngine
 from lrcompile_runtimes._trt.library import LIBRARIES, load, unrunnable, version
 
@@ -77,7 +77,7 @@ class TrtRuntime:
             data, described = made.data, made.describe
         kernels = options.cache / f"tensorrt-rtx-{module.__version__}.kernels" if options.cache else None
         run = RunOptions(options.engine.cuda_graph, options.engine.streaming, kernels)
-        return TrtEngine(module, log_of(module, Words()), data, device, described, run)
+        return TrtEngine(module, data, device, described, run)
 
 
 def _trusted(options: BuildOptions) -> bytes:

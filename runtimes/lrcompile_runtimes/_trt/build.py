@@ -24,6 +24,7 @@ from lrcompile_runtimes._trt.library import (
     unrunnable,
     version,
 )
+from lrcompile_runtimes._trt.log import NOISE, Words, listen, log_of
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -31,51 +32,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _OPSET = 22  # every operator up to here is parsed; of later opsets only some are
-_NOISE = "[checkMacros"  # without a driver, RTX adds to every error that there is none
-
-
-class Words:
-    """What a library says while it builds. str() gives its complaints in one line."""
-
-    def __init__(self) -> None:
-        self.errors: list[str] = []
-        self.layers = ""
-        self.weights = ""
-
-    def take(self, severity: int, message: str) -> None:
-        """severity: 0 and 1 are errors, 2 warnings, 3 information, 4 details."""
-        if severity <= 1:
-            self.errors.append(message.partition(_NOISE)[0].strip())
-        elif message.startswith("Layers:"):
-            self.layers = message
-        elif message.startswith("Total Weights Memory: "):
-            self.weights = message.removeprefix("Total Weights Memory: ").removesuffix(" bytes")
-        # All of it reaches the log of a child process, so that its last words tell where a builder died.
-        logger.log(
-            (logging.ERROR, logging.ERROR, logging.WARNING, logging.INFO)[min(severity, 3)], "%s", message
-        )
-
-    def __str__(self) -> str:
-        said = [" ".join(error.split()) for error in self.errors if error]
-        return "; ".join(dict.fromkeys(said))[-600:] or "it does not say why"
-
-
-def log_of(module: Any, words: Words) -> trt.ILogger:
-    class Log(module.ILogger):  # type: ignore[misc]  # the base comes with the library
-        def __init__(self) -> None:
-            module.ILogger.__init__(self)
-
-        def log(self, severity: Any, message: str) -> None:
-            words.take(int(severity), message)
-
-        def __str__(self) -> str:
-            return str(words)
-
-    made: trt.ILogger = Log()
-    return made
-
-
-# --- building -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,11 +50,8 @@ def serialize(model: Path, options: BuildOptions) -> Serialized:
     check(options.engine, target, module)
     if not model.is_file():
         raise BuildError(f"there is no model file {model}")
-    words = Words()
-    log = log_of(module, words)
-    builder: trt.Builder = module.Builder(log)
-    if builder is None:
-        raise BuildError(f"{product} does not start: {words}")
+    builder: Any = module.Builder(log_of(module))
+    log, words = builder.logger, listen(builder.logger)
     builder.max_threads = max(1, options.threads)
     typed = getattr(
         module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None
@@ -109,6 +62,7 @@ def serialize(model: Path, options: BuildOptions) -> Serialized:
     config = _configure(builder, network, module, options)
     if words.errors:
         raise BuildError(f"{product} refuses an option for {model.name}: {words}")
+    _use_timings(config, module, options)
     data = builder.build_serialized_network(network, config)
     if data is None:
         raise BuildError(f"{product} cannot build {model.name}: {words}")
@@ -139,13 +93,15 @@ def _parse(
     library: Library,
 ) -> None:
     parser: trt.OnnxParser = module.OnnxParser(network, log)
-    if parser.parse_from_file(str(model)):
+    if (
+        parser.parse_from_file(str(model)) and network.num_outputs
+    ):  # of what is no model at all it parses nothing
         return
     said = []
     for index in range(parser.num_errors):
         error = parser.get_error(index)
         where = f"{error.node_operator()} {error.node_name()!r}: " if error.node_operator() else ""
-        text = " ".join(error.desc().partition(_NOISE)[0].split())
+        text = " ".join(error.desc().partition(NOISE)[0].split())
         said.append(where + ("the operator is not supported" if text in ("", "false") else text))
     opset = _opset(model)
     if opset > _OPSET:
@@ -189,10 +145,6 @@ def _configure(
         config.clear_flag(module.BuilderFlag.TF32)
     if offline:
         _set_capabilities(config, module, wanted)
-    elif (timings := _timings(module, options)) is not None:
-        known = timings.read_bytes() if timings.is_file() else b""
-        if not config.set_timing_cache(config.create_timing_cache(known), False):
-            config.set_timing_cache(config.create_timing_cache(b""), False)  # another GPU's or version's
     profile: Any = builder.create_optimization_profile()  # its stubs do not know that tuples serve as shapes
     for name, shapes in _ranges(network, wanted.shapes).items():
         profile.set_shape(name, *shapes)
@@ -248,13 +200,23 @@ def _ranges(
 
 
 def _timings(module: Any, options: BuildOptions) -> Path | None:
-    """The file that keeps what TensorRT measured of its kernels; its own checks refuse that of another GPU."""
-    return None if options.cache is None else options.cache / f"tensorrt-{module.__version__}.timings"
+    """The file that keeps how fast TensorRT found its kernels. RTX chooses them where it runs, and keeps no such thing."""
+    if options.cache is None or LIBRARIES[options.target].offline:
+        return None
+    return options.cache / f"tensorrt-{module.__version__}.timings"
+
+
+def _use_timings(config: trt.IBuilderConfig, module: Any, options: BuildOptions) -> None:
+    """What is kept there, unless the library finds that it is another GPU's."""
+    if (timings := _timings(module, options)) is None:
+        return
+    known = timings.read_bytes() if timings.is_file() else b""
+    if not config.set_timing_cache(config.create_timing_cache(known), False):
+        config.set_timing_cache(config.create_timing_cache(b""), False)
 
 
 def _keep_timings(config: trt.IBuilderConfig, module: Any, options: BuildOptions) -> None:
-    timings = _timings(module, options)
-    if timings is not None and not LIBRARIES[options.target].offline:
+    if (timings := _timings(module, options)) is not None:
         replace_file(timings, bytes(memoryview(config.get_timing_cache().serialize())))
 
 
@@ -265,10 +227,8 @@ def _layers(
     module: Any, log: trt.ILogger, words: Words, data: Any, target: str
 ) -> tuple[tuple[Layer, ...], str]:
     """The engine's layers, and where that is known from: an engine can only be asked where it can be loaded."""
-    if not unrunnable(target, module):
-        runtime = module.Runtime(log)
-        inspector = runtime.deserialize_cuda_engine(data).create_engine_inspector()
-        text = inspector.get_engine_information(module.LayerInformationFormat.JSON)
+    if not unrunnable(target, module) and (engine := module.Runtime(log).deserialize_cuda_engine(data)):
+        text = engine.create_engine_inspector().get_engine_information(module.LayerInformationFormat.JSON)
         return from_json(text), "from the engine's inspector"
     return from_log(words.layers), "from the builder's log"
 

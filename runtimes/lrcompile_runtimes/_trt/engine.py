@@ -15,6 +15,7 @@ from lrcompile.errors import BuildError
 from lrcompile_runtimes import Port, check_feeds
 from lrcompile_runtimes._cuda import Buffer, Device
 from lrcompile_runtimes._trt.layers import from_json, kinds
+from lrcompile_runtimes._trt.log import listen, log_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,12 +34,11 @@ class RunOptions:
 
 
 class TrtEngine:
-    """A deserialized engine with one context. library: the module, ``tensorrt`` or ``tensorrt_rtx``; log: an ILogger of it."""
+    """A deserialized engine with one context. library: the module, ``tensorrt`` or ``tensorrt_rtx``."""
 
     def __init__(
         self,
         library: Any,
-        log: trt.ILogger,
         data: bytes | memoryview,
         device: Device,
         described: Mapping[str, str],
@@ -46,10 +46,11 @@ class TrtEngine:
     ) -> None:
         self._library, self._device, self._options = library, device, options
         self._described = dict(described)
-        self._runtime: trt.Runtime = library.Runtime(log)
+        self._runtime: Any = library.Runtime(log_of(library))
+        words = listen(self._runtime.logger)
         engine = self._runtime.deserialize_cuda_engine(data)
         if engine is None:
-            raise BuildError(f"{described['library']} cannot load the engine: {log}")
+            raise BuildError(f"{described['library']} cannot load the engine: {words}")
         self._engine: trt.ICudaEngine = engine
         if options.streaming is not None:
             engine.weight_streaming_budget_v2 = options.streaming

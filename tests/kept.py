@@ -1,0 +1,29 @@
+"""What backends make of a model, in a child process: nothing is imported here that would slow its start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def by_ort(path: str) -> str:
+    """The graph that ONNX Runtime runs on the CPU, in a file. Raises what it raises where it refuses."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = f"{path}.optimized"
+    options.log_severity_level = 4
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return options.optimized_model_filepath
+
+
+def by_rtx(path: str, capabilities: tuple[str, ...], name: str, dims: tuple[int, ...]) -> dict[str, str]:
+    """What TensorRT-RTX says of its engine. dims: of the one input, 0 for what varies. Raises BuildError where it refuses."""
+    from lrcompile.interfaces import BuildOptions
+    from lrcompile.records import EngineOptions, ShapeRange
+    from lrcompile.registry import runtime_of
+
+    least, usual, most = (tuple(dim or rows for dim in dims) for rows in (1, 8, 32))
+    options = EngineOptions(shapes=(ShapeRange(name, least, usual, most),), capabilities=capabilities)
+    engine = Path(path).with_suffix(".rtx")
+    built = runtime_of("trt-rtx").serialize(Path(path), engine, BuildOptions("trt-rtx", engine=options))
+    return dict(built.describe)
