@@ -118,6 +118,29 @@ def _write(address: int, array: Array) -> None:
     ctypes.memmove(address, raw, len(raw))
 
 
+class RuntimeCache:
+    def __init__(self) -> None:
+        self.kernels = b"kernels"
+
+    def deserialize(self, data: bytes) -> None:
+        self.kernels = data + b", more"
+
+    def serialize(self) -> bytes:
+        return self.kernels
+
+
+class RuntimeConfig:
+    """Of TensorRT-RTX."""
+
+    cuda_graph_strategy = "disabled"
+
+    def create_runtime_cache(self) -> RuntimeCache:
+        return RuntimeCache()
+
+    def set_runtime_cache(self, cache: RuntimeCache) -> None:
+        self.cache = cache
+
+
 class Engine:
     def __init__(self, data: bytes) -> None:
         self.data_dependent, self.works = b"positive" in data, b"broken" not in data
@@ -146,9 +169,13 @@ class Engine:
     def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
         return [(1, 3), (2, 3), (4, 3)]
 
-    def create_execution_context(self) -> Context:
+    def create_execution_context(self, config: RuntimeConfig | None = None) -> Context:
         self.contexts.append(Context(self))
+        self.config = config
         return self.contexts[-1]
+
+    def create_runtime_config(self) -> RuntimeConfig:
+        return RuntimeConfig()
 
     def create_engine_inspector(self) -> Engine:
         return self
@@ -176,3 +203,12 @@ class Library:
 
         def deserialize_cuda_engine(self, data: bytes) -> Engine | None:
             return Engine(data) if data.startswith(b"engine") else None
+
+
+class RtxLibrary(Library):
+    """What stands for ``tensorrt_rtx``."""
+
+    IRuntimeCache = RuntimeCache
+
+    class CudaGraphStrategy:
+        WHOLE_GRAPH_CAPTURE = "whole"

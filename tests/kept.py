@@ -27,3 +27,18 @@ def by_rtx(path: str, capabilities: tuple[str, ...], name: str, dims: tuple[int,
     engine = Path(path).with_suffix(".rtx")
     built = runtime_of("trt-rtx").serialize(Path(path), engine, BuildOptions("trt-rtx", engine=options))
     return dict(built.describe)
+
+
+def by_rtx_beside_an_old_builder(
+    path: str, capabilities: tuple[str, ...], name: str, dims: tuple[int, ...]
+) -> int:
+    """The same while a builder waits for the garbage collector, which starts at every third allocation. Bytes of weights."""
+    import gc
+
+    import tensorrt_rtx
+
+    cycle: list[object] = [tensorrt_rtx.Builder(tensorrt_rtx.Logger())]
+    cycle.append(cycle)
+    del cycle
+    gc.set_threshold(3)
+    return int(by_rtx(path, capabilities, name, dims)["weights"].split()[0])

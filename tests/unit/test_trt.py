@@ -237,6 +237,14 @@ def test_every_build_hears_its_own_words(tmp_path: Path) -> None:
 
 
 @needs_rtx
+def test_an_old_builder_may_be_collected_at_any_time(tmp_path: Path) -> None:
+    """Collected while another one logs, it would wait for itself: a hang, told as a time limit."""
+    args = (str(halves(tmp_path)), ("8.6",), "x", (0, 64))
+    with Child(timeout=60) as child:
+        assert child.call("tests.kept:by_rtx_beside_an_old_builder", *args) > 0
+
+
+@needs_rtx
 def test_a_builder_that_dies_costs_one_line(tmp_path: Path) -> None:
     """An int4 constant as left operand of a product: RTX 1.7.1 reads address zero."""
     path = tmp_path / "left.onnx"
@@ -355,6 +363,18 @@ def test_engines_that_do_not_start(device: fake_trt.HostDevice) -> None:
             start(device, data)
     with start(device, b"engine, broken") as engine, pytest.raises(BuildError, match="cannot run"):
         engine.run(feed(1))
+
+
+def test_rtx_keeps_its_kernels_and_records_by_itself(device: fake_trt.HostDevice, tmp_path: Path) -> None:
+    kernels = tmp_path / "cache" / "kernels"
+    options = RunOptions(cuda_graph=True, kernels=kernels)
+    for kept in (b"kernels", b"kernels, more"):
+        with TrtEngine(fake_trt.RtxLibrary, b"engine", device, {"library": "fake"}, options) as engine:
+            engine.bound(feed(2))(3)
+            assert engine._engine.config.cuda_graph_strategy == "whole"  # type: ignore[attr-defined]
+        assert kernels.read_bytes() == kept
+    assert list(kernels.parent.iterdir()) == [kernels]
+    assert device.recorded == 0
 
 
 def test_streaming_and_nodes(device: fake_trt.HostDevice) -> None:

@@ -24,7 +24,7 @@ from lrcompile_runtimes._trt.library import (
     unrunnable,
     version,
 )
-from lrcompile_runtimes._trt.log import NOISE, Words, listen, log_of
+from lrcompile_runtimes._trt.log import NOISE, Words, listen, log_of, uncollected
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -43,6 +43,7 @@ class Serialized:
     layers: tuple[Layer, ...]
 
 
+@uncollected()
 def serialize(model: Path, options: BuildOptions) -> Serialized:
     """Parse, configure, build, look at what was built. Raises BuildError in the builder's words, UsageError for options."""
     target, module = options.target, load(options.target)

@@ -15,7 +15,7 @@ from lrcompile.errors import BuildError
 from lrcompile_runtimes import Port, check_feeds
 from lrcompile_runtimes._cuda import Buffer, Device
 from lrcompile_runtimes._trt.layers import from_json, kinds
-from lrcompile_runtimes._trt.log import listen, log_of
+from lrcompile_runtimes._trt.log import listen, log_of, uncollected
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,7 +48,8 @@ class TrtEngine:
         self._described = dict(described)
         self._runtime: Any = library.Runtime(log_of(library))
         words = listen(self._runtime.logger)
-        engine = self._runtime.deserialize_cuda_engine(data)
+        with uncollected():
+            engine = self._runtime.deserialize_cuda_engine(data)
         if engine is None:
             raise BuildError(f"{described['library']} cannot load the engine: {words}")
         self._engine: trt.ICudaEngine = engine

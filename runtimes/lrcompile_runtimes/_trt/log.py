@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -59,3 +62,18 @@ def listen(log: Any) -> Words:
     if hasattr(log, "words"):
         log.words = words
     return words
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Without garbage collection. The library holds a lock while it logs, and takes the same one when an object of its ends.
+
+    A collection that starts inside `Log.log` and finds an old builder, say in a traceback, would wait for itself.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
