@@ -36,7 +36,7 @@ _OPSET = 22  # every operator up to here is parsed; of later opsets only some ar
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Serialized:
-    """A built engine that lies in memory. widened: layers that compute in float32 what the graph has in another type."""
+    """A built engine that lies in memory. describe: as `records.Built` has it."""
 
     data: memoryview
     describe: Mapping[str, str]
@@ -54,9 +54,8 @@ def serialize(model: Path, options: BuildOptions) -> Serialized:
     builder: Any = module.Builder(log_of(module))
     log, words = builder.logger, listen(builder.logger)
     builder.max_threads = max(1, options.threads)
-    typed = getattr(
-        module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None
-    )  # TensorRT 11 knows no other
+    # TensorRT 11 knows no other network, and may lack the flag
+    typed = getattr(module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if typed is None else 1 << int(typed))
     _parse(module, network, log, words, model, LIBRARIES[target])
     words.errors.clear()
@@ -94,9 +93,8 @@ def _parse(
     library: Library,
 ) -> None:
     parser: trt.OnnxParser = module.OnnxParser(network, log)
-    if (
-        parser.parse_from_file(str(model)) and network.num_outputs
-    ):  # of what is no model at all it parses nothing
+    # of what is no model at all it parses nothing, and is content
+    if parser.parse_from_file(str(model)) and network.num_outputs:
         return
     said = []
     for index in range(parser.num_errors):
