@@ -13,6 +13,8 @@ JOBS ?= 0
 
 VENV := .venv
 BIN := $(VENV)/bin
+# Read by mypy only: where Python finds them, `import tensorrt` gives an empty package.
+STUBS := $(VENV)/stubs
 DATA := build/demo
 
 # Two BLAS threads on a busy machine of two cores are four times slower than one.
@@ -48,9 +50,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) $(TORCH) --no-build-isolation --editable '.[cpu,torch]'
 	@touch $@
 
-$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) $(TORCH) hatchling
-	$(INSTALL) $(TORCH) --no-build-isolation --editable '.[cpu,torch,dev]'
+$(VENV)/.installed-dev: pyproject.toml constraints.txt .ci/stubs.sed | $(BIN)/python
+	$(INSTALL) $(TORCH) hatchling setuptools
+	$(INSTALL) $(TORCH) --no-build-isolation --editable '.[cpu,torch,tensorrt-rtx,dev]'
+	$(INSTALL) --upgrade --no-deps --target $(STUBS) tensorrt-stubs==10.13.0.35.1
+	sed -E -i -f .ci/stubs.sed $(STUBS)/tensorrt_bindings/tensorrt.pyi
 	@touch $(VENV)/.installed $@
 
 # --- what there is to see --------------------------------------------------------------------------------------------

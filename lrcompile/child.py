@@ -318,6 +318,8 @@ def serve(fd: str, lifeline: str) -> None:
     """Answer requests until the parent hangs up."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash leaves no file in the user's folder
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("lrcompile_runtimes").setLevel(logging.INFO)  # the last words of a builder that dies
     _die_with_parent(int(lifeline))
     os.set_inheritable(int(fd), False)
     engines: dict[int, Engine] = {}

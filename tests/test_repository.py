@@ -170,7 +170,7 @@ def declared() -> Iterator[Requirement]:
     extras = project["optional-dependencies"]
     yield from map(Requirement, PYPROJECT["build-system"]["requires"])
     yield from map(Requirement, project["dependencies"])
-    for extra in ("cpu", "torch", "dev"):
+    for extra in ("cpu", "torch", "tensorrt-rtx", "dev"):
         yield from map(Requirement, extras[extra])
 
 

@@ -19,7 +19,8 @@ TARGETS = [
     pytest.param(
         target,
         marks=pytest.mark.skipif(
-            not (there := runtime.availability(target)).ok, reason=there.reason or "available"
+            not (there := runtime.availability(target)).ok or bool(there.unrunnable),
+            reason=there.reason or there.unrunnable or "available",
         ),
     )
     for runtime in registry.runtimes().values()
