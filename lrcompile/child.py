@@ -108,7 +108,8 @@ class Child:
 
     def __init__(self, *, timeout: float | None = None, memory: int | None = None) -> None:
         self.timeout, self.memory = timeout, memory
-        self.engine: EngineOptions | None = None  # of engines that are asked for without options of their own
+        # by target: of engines that are asked for without options of their own
+        self.engines: dict[str, EngineOptions] = {}
         self.deadline = None
         self._process: subprocess.Popen[bytes] | None = None
         self._resources = contextlib.ExitStack()
@@ -137,8 +138,9 @@ class Child:
         """Build an engine of a model file for a target, there. Raises BuildError, and PluginError without the runtime."""
         handle, path, threads = next(self._handles), Path(path).absolute(), options.threads
         options = dataclasses.replace(options, target=target)
-        if self.engine is not None and options.engine == type(self.engine)():
-            options = dataclasses.replace(options, engine=self.engine)
+        usual = self.engines.get(target)
+        if usual is not None and options.engine == type(usual)():
+            options = dataclasses.replace(options, engine=usual)
         args = (handle, path, options)
         self._request("build", args, f"building {path.name} for {target}", timeout, memory, threads)
         self._live.add(handle)

@@ -241,7 +241,7 @@ def job_of(known: Study) -> Job:
         )
     judged_on = known.held_out or drawn
     if known.runtime.engine_file(options.target) is not None:  # a builder must know which shapes will come
-        child.engine = engine_options(
+        child.engines[options.target] = engine_options(
             options, ranges_of((*drawn, *(known.calibration or ()), *(known.held_out or ())))
         )
     metric = None
@@ -264,7 +264,7 @@ def nodes_in(known: Study, path: Path) -> Nodes:
 def at_hand(known: Study) -> tuple[Path, Feeds]:
     """A file of the original that runs, and feeds that it accepts: of an engine that is built for its shapes in these."""
     options, source = known.options, known.source
-    known.child.engine = engine_options(options)
+    known.child.engines[options.target] = engine_options(options)
     original = original_of(source, known.places.lab, known.child, known.scratch)
     shaped = known.runtime.engine_file(options.target) is not None
     return original, _drawn(known, original, shaped_dims(known) if shaped else options.dims)
