@@ -117,9 +117,11 @@ def write_plot(path: Path, benchmark: Benchmark) -> None:
         axes.set_yticks(range(len(rows)), list(marks))
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.grid(axis="y", visible=False)
+        axes.spines.top.set_visible(False)
         if wide:
             axes.set_xscale("log")
             axes.set_xlim(1e3 * smallest / 1.5, 1e3 * largest * 1.9)
+            axes.xaxis.set_major_formatter("{x:g}")
         else:
             axes.set_xlim(0, 1e3 * largest * 1.15)
         axes.set_xlabel("ms a run: median, 10% to 90%")
