@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lrcompile.bench import Race
+    from lrcompile.benchmark import Benchmark
     from lrcompile.child import Child
     from lrcompile.commands import Verification, bench, inspect, plan, tune, verify
     from lrcompile.compile import compile  # noqa: A004
@@ -43,6 +44,7 @@ __version__ = "0.1.0"
 # Public name -> the module that holds it.
 _HOME = {
     "Amount": "records",
+    "Benchmark": "benchmark",
     "Budget": "records",
     "BudgetError": "errors",
     "BuildError": "errors",
@@ -78,6 +80,7 @@ _HOME = {
 
 __all__ = [
     "Amount",
+    "Benchmark",
     "Budget",
     "BudgetError",
     "BuildError",

@@ -255,20 +255,38 @@ def bench(
         list[str] | None,
         Option(
             metavar="X:1x64",
-            help="Shape of an input, as x:1x64 or x:[1,64]. Repeatable. [default: inputs.json]",
+            help="Shapes of inputs, as x:1x64,y:1x8 or x:[1,64]. Repeatable: an input that is named again begins another workload. "
+            "[default: inputs.json]",
         ),
     ] = None,
-    seconds: Annotated[float, Option(help="How long to measure.", min=0)] = 5.0,
+    batches: Annotated[
+        str | None, Option(metavar="1,8", help="Lengths of the batch axis; every workload is run at each.")
+    ] = None,
+    prefill: Annotated[
+        str | None, Option(metavar="N,..", help="Of a decoder: N tokens at once, the cache empty.")
+    ] = None,
+    decode: Annotated[
+        str | None, Option(metavar="N,..", help="Of a decoder: one token, N in the cache.")
+    ] = None,
+    plot: Annotated[Path | None, Option(metavar="FILE.svg", help="Write a picture.")] = None,
+    seconds: Annotated[float, Option(help="How long to measure each workload.", min=0)] = 5.0,
     **flags: Any,
 ) -> None:
     """Race the compiled model against the original, interleaved."""
     with _screen(flags) as screen:
+        from lrcompile.benchmark import write_plot
         from lrcompile.commands import bench as run
+        from lrcompile.workloads import numbers
 
-        race = run(
-            out, original, shapes=shape or (), seconds=seconds, options=_options(flags), progress=screen
-        )
-        screen.show(race, race.to_json())
+        if plot is not None and plot.suffix != ".svg":
+            raise UsageError(f"--plot {plot}: the picture is an .svg file")
+        raced = run(
+            out, original, shapes=shape or (), batches=numbers("batches", batches), prefill=numbers("prefill", prefill),
+            decode=numbers("decode", decode), seconds=seconds, options=_options(flags), progress=screen,
+        )  # fmt: skip
+        if plot is not None:
+            write_plot(plot, raced)
+        screen.show(raced, raced.to_json())
 
 
 @app.command()

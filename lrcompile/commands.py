@@ -9,7 +9,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from lrcompile.bench import Race, dims_of, race
+from lrcompile.benchmark import Benchmark
 from lrcompile.build import build, feeds_for, original_of, set_limits
 from lrcompile.child import Child
 from lrcompile.compile import (
@@ -24,10 +24,12 @@ from lrcompile.compile import (
     workshop,
 )
 from lrcompile.config import published_options
+from lrcompile.contests import Entrant, contests
 from lrcompile.cost import rows_of
 from lrcompile.errors import ModelError, UsageError, VerificationError
-from lrcompile.feeds import Data, Feeds, inputs_of, open_feeds
+from lrcompile.feeds import Data, Feed, Feeds, inputs_of, open_feeds
 from lrcompile.inspection import Inspection, inspection
+from lrcompile.interfaces import BuildOptions
 from lrcompile.load import load
 from lrcompile.options import Options
 from lrcompile.plan import group_by_name
@@ -46,6 +48,7 @@ from lrcompile.timing import CostTable
 from lrcompile.tradeoff import predicted, write_tradeoff
 from lrcompile.verify import Noise, check_rewrite, judge, measure, noise_of, score
 from lrcompile.weights import ModelWeights
+from lrcompile.workloads import Workload, workloads_of
 
 __all__ = ["Verification", "bench", "inspect", "plan", "tune", "verify"]
 
@@ -286,14 +289,19 @@ def bench(
     original: str | Path | ir.Model,
     *,
     shapes: Sequence[str] = (),
+    batches: Sequence[int] = (),
+    prefill: Sequence[int] = (),
+    decode: Sequence[int] = (),
     seconds: float = 5.0,
     options: Options | None = None,
     child: Child | None = None,
     progress: Progress = silent,
-) -> Race:
+) -> Benchmark:
     """Race a published folder's model against the original, both in one process, on the folder's target.
 
-    Feeds: drawn in the `shapes` (``x:1x64`` or ``x:[1,64]``), else options.data, else the folder's own. Raises UsageError.
+    Feeds: drawn in the `shapes` (``x:1x64`` or ``x:[1,64]``; an input that is named again begins another workload), at the `batches`,
+    for decoders of `prefill` tokens or one token after `decode`; else options.data, else the folder's own. seconds: for each workload;
+    at 0 memory and roofline are left out. Raises UsageError.
     """
     out = Path(out)
     document = check_folder(out)
@@ -306,17 +314,26 @@ def bench(
         set_limits(shop.child, options, source, 0)
         path = original_of(source, target, shop.child, shop.scratch)
         inputs = inputs_of(source.model)
-        if shapes:
-            dims = {**options.dims, **dims_of(shapes, inputs)}
-            feeds = list(
-                feeds_for(source.model, path, shop.child, target, seed=options.seed, dims=dims, like=None)
+        wanted = workloads_of(inputs, shapes=shapes, batches=batches, prefill=prefill, decode=decode)
+
+        def drawn(dims: Mapping[str, int]) -> list[Feed]:
+            both = {**options.dims, **dims}
+            return list(
+                feeds_for(source.model, path, shop.child, target, seed=options.seed, dims=both, like=None)
             )
+
+        if wanted:
+            work = [(w, drawn(w.dims)) for w in wanted]
         elif options.data is not None:
-            feeds = list(open_feeds(options.data, inputs, options.batch))
+            work = [(Workload("", {}), list(open_feeds(options.data, inputs, options.batch)))]
         else:
-            feeds = stored_feeds(out)
-        shop.child.deadline = None  # from here on each request is a round, which has a limit of its own
-        return race(
-            shop.child, target, path, out / "model.onnx", feeds, threads=options.threads, seconds=seconds,
-            timeout=options.timeout, progress=progress,
+            work = [(Workload("", {}), stored_feeds(out))]
+        shop.child.deadline = (
+            None  # from here on each request is a few rounds, which have a limit of their own
+        )
+        return contests(
+            Entrant(path, source.model), Entrant(out / "model.onnx", _load_published(out, options).model), work,
+            BuildOptions(target, threads=options.threads, exact=False), child=shop.child, seconds=seconds,
+            timeout=options.timeout, cache=shop.cache.root / "ceilings" if seconds else None, scratch=shop.scratch,
+            progress=progress,
         )  # fmt: skip

@@ -218,10 +218,25 @@ def test_verify_with_the_original(run: Run) -> None:
 
 
 def test_bench(run: Run) -> None:
-    words = ("bench", "out", "--original", "model.onnx", "--shape", "x:[3,16]", "--seconds", "0.1")
-    document = said(run(*words, "--json"))
-    assert document["shapes"] == ["x:3x16"] and document["rounds"] >= 20
-    assert document["ratio"]["p25"] <= document["ratio"]["median"] <= document["ratio"]["p75"]
+    words = (
+        "bench",
+        "out",
+        "--original",
+        "model.onnx",
+        "--shape",
+        "x:[3,16]",
+        "--shape",
+        "x:5x16",
+        "--seconds",
+        "0.1",
+    )
+    document = said(run(*words, "--json", "--plot", "bench.svg"))
+    assert [row["shapes"] for row in document["rows"]] == [["x:3x16"], ["x:5x16"]]
+    for row in document["rows"]:
+        assert row["rounds"] >= 20
+        assert row["ratio"]["p25"] <= row["ratio"]["median"] <= row["ratio"]["p75"]
+        assert row["original"]["p90"] <= row["original"]["p95"] <= row["original"]["p99"]
+        assert row["roofline_share"][0] > 0
     assert "original / itself" in run(*words).stdout
 
 
@@ -405,6 +420,9 @@ def test_the_published_configuration_makes_the_same_folder(home: Path, run: Run)
         ("compile model.onnx -o out --force --data data.npz --keep 0.5 --pareto out/x.svg", "beside out"),
         ("verify nowhere", "nowhere"),
         ("bench out --original model.onnx --shape z:1x2", "'z'"),
+        ("bench out --original model.onnx --batches 1,x", "--batches 1,x"),
+        ("bench out --original model.onnx --prefill 4", "no cache"),
+        ("bench out --original model.onnx --plot x.png", "is an .svg file"),
         ("export nowhere -o x.onnx", "nowhere"),
     ],
 )
