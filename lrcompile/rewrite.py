@@ -29,6 +29,8 @@ from lrcompile.graph import (
 from lrcompile.interfaces import Array, Call, Constant
 from lrcompile.records import Group, Site, Step
 
+_ROWS = 256  # of a matrix, moved at a time
+
 
 def rewrite(model: ir.Model, sets: Sequence[FactorSet]) -> ir.Model:
     """A copy of the model in neutral form."""
@@ -142,12 +144,17 @@ def _jitter(
 
     def weight() -> Array:
         W = read(site)
-        size = np.maximum(np.abs(W), np.sqrt(np.mean(np.square(W))))
-        ulp = np.spacing(size.astype(storage.numpy())).astype(np.float64)
+        typical = np.linalg.norm(W) / np.sqrt(max(W.size, 1))
         # half a unit of float64 is nothing, because it is what we compute in
         half = 1.0 if storage == ir.DataType.DOUBLE else 0.5
-        sign = half * np.random.default_rng((seed, site.elements)).choice((-1.0, 1.0), W.shape)
-        moved: Array = W + sign * ulp
+        rng = np.random.default_rng((seed, site.elements))
+        moved = np.empty_like(W)
+        for start in range(0, len(W), _ROWS):  # a large matrix would be copied six times
+            part = W[start : start + _ROWS]
+            ulp = np.spacing(np.maximum(np.abs(part), typical).astype(storage.numpy())).astype(np.float64)
+            moved[start : start + _ROWS] = (
+                part + half * (2.0 * rng.integers(2, size=part.shape, dtype=np.int8) - 1.0) * ulp
+            )
         return moved
 
     return weight
