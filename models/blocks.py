@@ -72,7 +72,7 @@ class Writer:
 def block(to: Writer, x: str, name: str, width: int) -> str:
     h = to.norm(x, f"{name}/norm1", width, 1)
     q, k, v = (
-        to.linear(h, f"{name}/{n}", width, width, s) for n, s in (("query", 10), ("key", 11), ("value", 12))
+        to.linear(h, f"{name}/{n}", width, width, s) for n, s in (("query", 10), ("key", 10), ("value", 10))
     )
     heads = max(width // HEAD, 1)
     a = to.op(
