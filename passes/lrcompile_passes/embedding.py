@@ -12,8 +12,11 @@ rows as they are at the end), steepest piece first. Neighbours that stay as they
 A_g has a row of zeros at both ends, which every id of another group meets: no shape depends on the data, and the one int table takes
 ids as Gather does: negative ones count from the end, others outside the table are the runtime's error. 2 D sum r_g FLOPs an id.
 Gathering a basis for each id instead would move r D numbers an id. A tied head reads the same factors the other way,
-logits = Gather(Concat(x B_g^T A_g^T), order): there columns count as its input loads them (second moment R R^T), A_g = W_g R V,
-B_g = V^T R^-1. A mean a group, as in other descriptions, is not kept: it is worth less than one rank (docs/embeddings.md).
+logits = Gather(Concat(x B_g^T A_g^T), order). It counts every row, with C = E[x x^T], so both readers together weigh an error of a row of g by
+
+    R R^T = f_g I / sum_i f_i |w_i|^2 + C / tr(W C W^T),    f_g the mean of f in g:    V of (W_g R)^T W_g R,  A_g = W_g R V,  B_g = V^T R^-1
+
+A mean a group, as in other descriptions, is not kept: it is worth less than one rank (docs/embeddings.md).
 
 Source: Chen et al., GroupReduce, 2018. Refuses what is no table, heads that come first, and products that read a table by rows.
 """
@@ -46,7 +49,7 @@ _INDEX_BYTES = 4
 _OPSET = 12  # before it, Clip is for floats only
 # A claim covers the rounding of float64 in the eigenproblem, whose error is relative to the largest eigenvalue.
 _CLAIM_SLACK = 1e-7
-# Eigenvalues of a head's second moment below this share of the largest are raised to it before its root is inverted.
+# Eigenvalues of a weighing below this share of the largest are raised to it before its root is inverted.
 _FLOOR = 1e-6
 
 
@@ -162,7 +165,7 @@ class Grouped:
         }
 
     def emit(self, op: Op, call: Call) -> ir.Value:
-        return _head(op, call) if call.kind == "linear" else _lookup(op, call)
+        return _product(op, call) if call.kind == "linear" else _lookup(op, call)
 
     def edits(self, group: Group, factors: Factors) -> Mapping[Constant, Array]:
         return {}
@@ -188,7 +191,7 @@ def _lookup(op: Op, call: Call) -> ir.Value:
     return result
 
 
-def _head(op: Op, call: Call) -> ir.Value:
+def _product(op: Op, call: Call) -> ir.Value:
     """x W^T: every block's columns side by side, zeros too, and of them one for each id."""
     columns = []
     for name in _rows_of(call.shapes):
@@ -278,25 +281,33 @@ def _merged(sizes: Sequence[int], ranks: Sequence[int], D: int) -> list[_Block]:
 def _spectra(group: Group, weights: Weights, statistics: StatisticsSource | None) -> Factors:
     """order (V,): ids by falling frequency. Of each group energy (n,), right and rows (D, n): A = W_g right, B = rows^T. total (1,)."""
     seen = tuple(statistics.key(s) for s in group.sites) if statistics is not None else ()
-    key = ("grouped-1", group.kind, *(weights.key(s) for s in group.sites), *seen)
+    key = ("grouped-2", group.kind, *(weights.key(s) for s in group.sites), *seen)
 
     def compute() -> Factors:
-        W = weights.matrix(group.sites[0])
-        f = _frequencies(group, statistics)
-        R, inverse = _head_root(group, statistics)
+        W, f, C = weights.matrix(group.sites[0]), _frequencies(group, statistics), _head(group, statistics)
         order = np.argsort(-f, kind="stable")
         found: dict[str, Array] = {"order": order.astype(np.int32)}
+        asked = float(f @ np.einsum("ij,ij->i", W, W)) or 1.0
+        multiplied = (float(np.vdot(W, W @ C)) or 1.0) if C is not None else 1.0
         total, first = 0.0, 0
         for g, size in enumerate(_sizes(len(W))):
             ids = order[first : first + size]
             first += size
-            rows = W[ids] if R is None else W[ids] @ R
-            energy, V = _eigh(rows.T @ (f[ids, None] * rows))
+            rows, n = W[ids], min(size, W.shape[1])
+            if C is None:
+                energy, V = _eigh(rows.T @ ((f[ids] / asked)[:, None] * rows))
+                right, left = V, V
+            else:  # within a group all rows are asked for about alike
+                values, vectors = _eigh(C / multiplied + np.eye(len(C)) * (f[ids].mean() / asked))
+                roots = np.sqrt(np.maximum(values, values[0] * _FLOOR))
+                energy, V = _eigh((turned := rows @ (vectors * roots)).T @ turned)
+                right, left = (vectors * roots) @ V, (vectors / roots) @ V
             total += float(energy.sum())
-            n = min(rows.shape)
-            found[f"energy.{g}"] = energy[:n]
-            found[f"right.{g}"] = (V if R is None else R @ V)[:, :n]
-            found[f"rows.{g}"] = (V if inverse is None else inverse.T @ V)[:, :n]
+            found[f"energy.{g}"], found[f"right.{g}"], found[f"rows.{g}"] = (
+                energy[:n],
+                right[:, :n],
+                left[:, :n],
+            )
         return {**found, "total": np.array([total])}
 
     return weights.remember(key, compute)
@@ -314,15 +325,15 @@ def _frequencies(group: Group, statistics: StatisticsSource | None) -> Array:
     return shares
 
 
-def _head_root(group: Group, statistics: StatisticsSource | None) -> tuple[Array | None, Array | None]:
-    """R and its inverse (D, D), R R^T the second moment of what the tied heads multiply; None where there is none."""
-    known = [statistics.of(s) for s in group.sites if s.kind == "linear"] if statistics is not None else []
+def _head(group: Group, statistics: StatisticsSource | None) -> Array | None:
+    """(D, D): the second moment of what tied heads multiply, the identity where it is not known; None where there is no head."""
+    heads = [s for s in group.sites if s.kind == "linear"]
+    known = [statistics.of(s) for s in heads] if statistics is not None else []
     moments = [s.second for s in known if s is not None and s.second is not None]
-    if not moments:
-        return None, None
-    values, vectors = _eigh(np.mean(moments, axis=0))
-    values = np.sqrt(np.maximum(values, max(values[0], np.finfo(np.float64).tiny) * _FLOOR))
-    return vectors * values, (vectors / values).T
+    if not heads:
+        return None
+    moment: Array = np.mean(moments, axis=0) if moments else np.eye(group.sites[0].N)
+    return moment
 
 
 def _eigh(G: Array) -> tuple[Array, Array]:

@@ -31,6 +31,7 @@ from lrcompile.interfaces import (
 from lrcompile.records import Candidate, Cost, Group, Refusal
 
 _CHUNK = 4096  # rows that are folded at a time
+_OPSET = 14  # before it, Reshape cannot give a dimension of nothing: ids may be none
 # A claim covers the rounding of float64 in the eigenproblems, whose error is relative to the largest eigenvalue.
 _CLAIM_SLACK = 1e-7
 
@@ -55,7 +56,7 @@ class VectorTrain:
     def candidates(
         self, group: Group, weights: Weights, statistics: StatisticsSource | None, options: CandidateOptions
     ) -> Iterator[Candidate]:
-        if options.full:
+        if options.full or weights.opset < _OPSET:
             return
         site = group.sites[0]
         fold = _fold(site.N)
@@ -101,7 +102,7 @@ class VectorTrain:
         columns = call.shapes["left"][1] * call.shapes["right"][2]
         width = op.constant(np.array([columns], np.int64), "width")
         shape = op("Concat", op("Shape", call.x, name="ids"), width, name="shape", axis=0)
-        return op("Reshape", folded, shape, name="rows")
+        return op("Reshape", folded, shape, name="rows", allowzero=1)
 
     def edits(self, group: Group, factors: Factors) -> Mapping[Constant, Array]:
         return {}

@@ -48,7 +48,7 @@ from lrcompile.records import Candidate, Cost, Group, Refusal
 _FORMS = (("cloud", "natural"), ("cloud", "bisection"), ("matrix", "bisection"))
 _DIGITS = 3
 _INDEX_BYTES = 4
-_OPSET = 11  # before it, Range was no operator
+_OPSET = 14  # before it, Reshape cannot give a dimension of nothing: ids may be none
 _LEAF = 16  # rows that are only sorted along their main direction
 _POWER_STEPS = 8
 # A row is scaled as if it were asked for at least this share of what is usual: its scale must fit float16.
@@ -189,7 +189,7 @@ def _product(op: Op, call: Call, cores: Sequence[ir.Value]) -> ir.Value:
         if d > 1 and j + 1 < len(cores):
             y = op("Reshape", y, op.constant(np.array([-1, columns, after], np.int64)), name=f"split.{j}")
     shape = op("Concat", op("Shape", call.x), op.constant(np.array([columns], np.int64)), axis=0)
-    return op("Reshape", y, shape, name="rows")
+    return op("Reshape", y, shape, name="rows", allowzero=1)
 
 
 def _names(factors: Mapping[str, object]) -> list[str]:
