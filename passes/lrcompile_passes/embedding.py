@@ -66,6 +66,16 @@ class _Block:
         return stored * self.rank + (self.rank * D if self.rank < D else 0)
 
 
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """The next better form of a group: the loss that a parameter saves, how many it takes, the rank that the group has then."""
+
+    gain: float
+    group: int
+    cost: int
+    rank: int
+
+
 class Grouped:
     """Groups of rows by frequency, a rank for each."""
 
@@ -89,27 +99,24 @@ class Grouped:
         if options.full or weights.opset < _OPSET:
             return
         V, D = group.sites[0].K, group.sites[0].N
-        found = _spectra(group, weights, statistics)
-        energies = [found[f"energy.{g}"] for g in range(len(_sizes(V)))]
-        total = float(found["total"][0])
+        found, sizes = _spectra(group, weights, statistics), _sizes(V)
+        tails = [found[f"lost.{g}"] for g in range(len(sizes))]
+        steps = _steps(sizes, tails, D)
         bound = (
             group.kind == "alone"
         )  # of several readers the error is their mean, which is not what is minimised
         full = min(V, D)
-        steps = range(options.multiple, full + 1, options.multiple)
-        for rank in options.ranks if options.ranks is not None else steps:
+        wanted = range(options.multiple, full + 1, options.multiple)
+        for rank in options.ranks if options.ranks is not None else wanted:
             if not 1 <= rank <= full:
                 continue
-            ranks = _ranks(_sizes(V), energies, D, rank * (V + D))
-            if not any(ranks):
-                continue
-            lost = sum(float(e[r:].sum()) for e, r in zip(energies, ranks, strict=True) if r < D)
-            error = float(np.sqrt(lost / total)) if total > 0 else 0.0
-            blocks = _merged(_sizes(V), ranks, D)
-            structure = tuple((str(b.rows), b.rank) for b in blocks)
-            yield Candidate(
-                self.name, rank, _cost(group, blocks, weights), error + _CLAIM_SLACK, bound, structure
-            )
+            ranks = _ranks(steps, sizes, D, rank * (V + D))
+            if any(ranks):
+                lost = sum(float(t[min(r, len(t) - 1)]) for t, r in zip(tails, ranks, strict=True) if r < D)
+                blocks = _merged(sizes, ranks, D)
+                structure = tuple((str(b.rows), b.rank) for b in blocks)
+                error = float(np.sqrt(lost)) + _CLAIM_SLACK
+                yield Candidate(self.name, rank, _cost(group, blocks, weights), error, bound, structure)
 
     def shapes(self, group: Group, candidate: Candidate) -> Mapping[str, tuple[int, ...]]:
         V, D = group.sites[0].K, group.sites[0].N
@@ -231,31 +238,38 @@ def _cost(group: Group, blocks: Sequence[_Block], weights: Weights) -> Cost:
     return Cost(parameters, parameters * weights.itemsize(group.sites[0]) + _INDEX_BYTES * V, flops)
 
 
-def _ranks(sizes: Sequence[int], energies: Sequence[Array], D: int, budget: int) -> list[int]:
+def _steps(sizes: Sequence[int], tails: Sequence[Array], D: int) -> list[_Step]:
+    """All steps from one form of a group to the next that is best at some price of a parameter, those that gain most for it first."""
+    steps = []
+    for g, (size, lost) in enumerate(zip(sizes, tails, strict=True)):
+        for before, after in itertools.pairwise(_hull(size, lost, D)):
+            gain = (before[1] - after[1]) / (after[0] - before[0])
+            if gain > 0:
+                steps.append(_Step(gain, g, after[0] - before[0], after[2]))
+    return sorted(steps, key=lambda step: (-step.gain, step.group))
+
+
+def _ranks(steps: Sequence[_Step], sizes: Sequence[int], D: int, budget: int) -> list[int]:
     """Rank of every group within the budget of parameters; D: the rows as they are."""
-    pieces = []
-    for g, (size, energy) in enumerate(zip(sizes, energies, strict=True)):
-        hull = _hull(size, energy, D)
-        pieces += [((a[1] - b[1]) / (b[0] - a[0]), -g, a, b) for a, b in itertools.pairwise(hull)]
     ranks = [0] * len(sizes)
-    for _, g, (before, _, _), (after, _, rank) in sorted(pieces, reverse=True):
-        if after - before > budget:  # as many of its ranks as there is room for, and no more
-            part = budget // (sizes[-g] + _EDGES + D)
-            if ranks[-g] + part < min(rank, len(energies[-g])):
-                ranks[-g] += part
+    for step in steps:
+        if step.cost > budget:  # as many of its ranks as there is room for, and no more
+            size = sizes[step.group]
+            more = min(budget // (size + _EDGES + D), min(size, D) - ranks[step.group])
+            if ranks[step.group] + more < step.rank:
+                ranks[step.group] += more
             break
-        ranks[-g] = rank
-        budget -= after - before
+        ranks[step.group] = step.rank
+        budget -= step.cost
     return ranks
 
 
-def _hull(size: int, energy: Array, D: int) -> list[tuple[int, float, int]]:
-    """Parameters, loss and rank of the forms of a group that are best at some price of a parameter."""
-    tails = np.concatenate([np.cumsum(energy[::-1])[::-1], [0.0]])
+def _hull(size: int, lost: Array, D: int) -> list[tuple[int, float, int]]:
+    """Parameters, loss and rank of the forms of a group on the lower convex hull of loss over parameters."""
     whole = _Block(size, D).cost(D)
-    forms = [(_Block(size, r).cost(D), float(tails[r]), r) for r in range(min(len(tails), D))]
+    pairs = ((_Block(size, r).cost(D), float(lost[r]), r) for r in range(min(len(lost), D)))
     hull: list[tuple[int, float, int]] = []
-    for form in [*(f for f in forms if f[0] < whole), (whole, 0.0, D)]:
+    for form in (*(p for p in pairs if p[0] < whole), (whole, 0.0, D)):
         while len(hull) > 1 and _steeper(hull[-2], hull[-1], form):
             hull.pop()
         hull.append(form)
@@ -279,9 +293,11 @@ def _merged(sizes: Sequence[int], ranks: Sequence[int], D: int) -> list[_Block]:
 
 
 def _spectra(group: Group, weights: Weights, statistics: StatisticsSource | None) -> Factors:
-    """order (V,): ids by falling frequency. Of each group energy (n,), right and rows (D, n): A = W_g right, B = rows^T. total (1,)."""
+    """order (V,): ids by falling frequency. Of each group right and rows (D, n), A = W_g right and B = rows^T, and lost (n + 1,):
+    what it loses at rank 0, 1, .., squared, relative to the whole table.
+    """
     seen = tuple(statistics.key(s) for s in group.sites) if statistics is not None else ()
-    key = ("grouped-2", group.kind, *(weights.key(s) for s in group.sites), *seen)
+    key = ("grouped-3", group.kind, *(weights.key(s) for s in group.sites), *seen)
 
     def compute() -> Factors:
         W, f, C = weights.matrix(group.sites[0]), _frequencies(group, statistics), _head(group, statistics)
@@ -289,7 +305,7 @@ def _spectra(group: Group, weights: Weights, statistics: StatisticsSource | None
         found: dict[str, Array] = {"order": order.astype(np.int32)}
         asked = float(f @ np.einsum("ij,ij->i", W, W)) or 1.0
         multiplied = (float(np.vdot(W, W @ C)) or 1.0) if C is not None else 1.0
-        total, first = 0.0, 0
+        first = 0
         for g, size in enumerate(_sizes(len(W))):
             ids = order[first : first + size]
             first += size
@@ -302,13 +318,10 @@ def _spectra(group: Group, weights: Weights, statistics: StatisticsSource | None
                 roots = np.sqrt(np.maximum(values, values[0] * _FLOOR))
                 energy, V = _eigh((turned := rows @ (vectors * roots)).T @ turned)
                 right, left = (vectors * roots) @ V, (vectors / roots) @ V
-            total += float(energy.sum())
-            found[f"energy.{g}"], found[f"right.{g}"], found[f"rows.{g}"] = (
-                energy[:n],
-                right[:, :n],
-                left[:, :n],
-            )
-        return {**found, "total": np.array([total])}
+            found[f"lost.{g}"] = np.concatenate([np.cumsum(energy[:n][::-1])[::-1], [0.0]])
+            found[f"right.{g}"], found[f"rows.{g}"] = right[:, :n], left[:, :n]
+        whole = sum(float(a[0]) for n, a in found.items() if n.startswith("lost.")) or 1.0
+        return {n: a / whole if n.startswith("lost.") else a for n, a in found.items()}
 
     return weights.remember(key, compute)
 
