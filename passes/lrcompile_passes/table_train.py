@@ -176,9 +176,6 @@ class TableTrain:
         return _product(op, call, cores)
 
 
-# --- the graph ----------------------------------------------------------------------------------------------------
-
-
 def _product(op: Op, call: Call, cores: Sequence[ir.Value]) -> ir.Value:
     """The cores of every id multiplied, (ids, d_1, r_1) times (ids, r_1, d_2 r_2) and so on, in the shape of the ids and D."""
     y, columns = cores[0], call.shapes["core.0"][-2]
@@ -208,9 +205,6 @@ def _afters(factors: Mapping[str, Array] | Mapping[str, tuple[int, ...]]) -> lis
     """The rank behind each core but the first: what the next one begins with, 1 behind the last."""
     shapes = [getattr(factors[n], "shape", factors[n]) for n in _names(factors)]
     return [*(shape[-2] for shape in shapes[2:]), 1]
-
-
-# --- sizes --------------------------------------------------------------------------------------------------------
 
 
 def _modes(form: str, V: int, D: int) -> list[tuple[int, int]]:
@@ -283,9 +277,6 @@ def _ranks(
         low, high = (low, middle) if size(within(middle)) <= budget else (middle, high)
     best = within(high)
     return best, math.sqrt(sum(float(t[min(r, len(t) - 1)]) for t, r in zip(tails, best, strict=True)))
-
-
-# --- the mathematics ----------------------------------------------------------------------------------------------
 
 
 def _tensor(rows: Array, cores: Sequence[_Core]) -> Array:

@@ -286,3 +286,35 @@ def test_refusals() -> None:
     group = find(lookups(W)).groups[0]
     for name in METHODS:
         assert not list(factorization(name).candidates(group, old, Seen(np.ones(9)), CandidateOptions()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_tensorrt_builds_every_form(name: str, dtype: Any) -> None:
+    trt = pytest.importorskip("tensorrt_rtx")
+    tables = [lookups(low(200, 12, 4, 0).astype(dtype), kind, opset=21) for kind in (np.int64, np.int32)]
+    if name == "grouped":
+        tables.append(tied(low(200, 12, 4, 0).astype(dtype)))
+    for table in tables:
+        for _, factors in forms(name, table, np.geomspace(1, 1e-3, 200), ranks=(3,)):
+            proto = ir.to_proto(lower(rewrite(table, (factors,)), ())).SerializeToString()
+            for capability in ("SM86", "SM120"):
+                assert serialized(trt, proto, capability) is not None
+
+
+def serialized(trt: Any, proto: bytes, capability: str) -> Any:
+    """An engine for this capability, None where the builder cannot make one. Needs no GPU."""
+    builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, builder.logger)
+    assert parser.parse(proto), parser.get_error(0)
+    profile = builder.create_optimization_profile()
+    for i in range(network.num_inputs):
+        value = network.get_input(i)
+        profile.set_shape(value.name, *(tuple(n if d < 0 else d for d in value.shape) for n in (1, 4, 16)))
+    config = builder.create_builder_config()
+    config.add_optimization_profile(profile)
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(getattr(trt.ComputeCapability, capability), 0)
+    return builder.build_serialized_network(network, config)
