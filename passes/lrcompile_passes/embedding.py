@@ -29,6 +29,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
+import scipy.linalg
 
 from lrcompile.interfaces import (
     Array,
@@ -297,7 +298,7 @@ def _spectra(group: Group, weights: Weights, statistics: StatisticsSource | None
     what it loses at rank 0, 1, .., squared, relative to the whole table.
     """
     seen = tuple(statistics.key(s) for s in group.sites) if statistics is not None else ()
-    key = ("grouped-3", group.kind, *(weights.key(s) for s in group.sites), *seen)
+    key = ("grouped-4", group.kind, *(weights.key(s) for s in group.sites), *seen)
 
     def compute() -> Factors:
         W, f, C = weights.matrix(group.sites[0]), _frequencies(group, statistics), _head(group, statistics)
@@ -309,17 +310,17 @@ def _spectra(group: Group, weights: Weights, statistics: StatisticsSource | None
         for g, size in enumerate(_sizes(len(W))):
             ids = order[first : first + size]
             first += size
-            rows, n = W[ids], min(size, W.shape[1])
+            rows = W[ids]
             if C is None:
-                energy, V = _eigh(rows.T @ ((f[ids] / asked)[:, None] * rows))
+                energy, V = _right(rows * np.sqrt(f[ids, None] / asked))
                 right, left = V, V
             else:  # within a group all rows are asked for about alike
                 values, vectors = _eigh(C / multiplied + np.eye(len(C)) * (f[ids].mean() / asked))
                 roots = np.sqrt(np.maximum(values, values[0] * _FLOOR))
-                energy, V = _eigh((turned := rows @ (vectors * roots)).T @ turned)
+                energy, V = _right(rows @ (vectors * roots))
                 right, left = (vectors * roots) @ V, (vectors / roots) @ V
-            found[f"lost.{g}"] = np.concatenate([np.cumsum(energy[:n][::-1])[::-1], [0.0]])
-            found[f"right.{g}"], found[f"rows.{g}"] = right[:, :n], left[:, :n]
+            found[f"lost.{g}"] = np.concatenate([np.cumsum(energy[::-1])[::-1], [0.0]])
+            found[f"right.{g}"], found[f"rows.{g}"] = right, left
         whole = sum(float(a[0]) for n, a in found.items() if n.startswith("lost.")) or 1.0
         return {n: a / whole if n.startswith("lost.") else a for n, a in found.items()}
 
@@ -347,6 +348,14 @@ def _head(group: Group, statistics: StatisticsSource | None) -> Array | None:
         return None
     moment: Array = np.mean(moments, axis=0) if moments else np.eye(group.sites[0].N)
     return moment
+
+
+def _right(M: Array) -> tuple[Array, Array]:
+    """Squared singular values (n,), falling, and right singular vectors (D, n) of M (m, D), n = min(m, D)."""
+    if len(M) >= M.shape[1]:
+        return _eigh(M.T @ M)
+    energy, U = _eigh(M @ M.T)
+    return energy, scipy.linalg.qr(M.T @ U, mode="economic")[0]
 
 
 def _eigh(G: Array) -> tuple[Array, Array]:

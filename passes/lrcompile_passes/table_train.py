@@ -8,14 +8,13 @@ V is padded to n1 n2 n3; digits come by Div and Mod, matrices by Gather. A core 
     cloud    rows are points: three gathered cores of d = 1, then B (r_3, D), as a low-rank table has one
     matrix   three cores, each with a share of the columns
 
-Which ids share digits decides what a train can say of a table, so they may be put in order first: `bisection` halves the rows again and
-again along their main direction, so that like rows share leading digits. That takes an int table, the place of every id; it also counts
-negative ids from the end, and leaves ids outside of the table to the runtime, as the original Gather does. For the order as it is
-(`natural`) such a table is made when the model is loaded, so it counts as bytes too.
+Which ids share digits decides what a train can say, so they may be put in order first: `bisection` halves the rows again and again along
+their main direction, so that like rows share leading digits. That takes an int table, the place of every id; it also counts negative ids
+from the end, and leaves ids outside of the table to the runtime, as the original Gather does. For ids as they are (`natural`) such a table
+is made when the model is loaded, and counts as bytes too.
 
-Rows are multiplied by s, the root of how often they are asked for, decomposed, and divided by it (`scale`): so TT-SVD minimises what
-lookups see. What it loses is at most what all cuts lose together, relative to ||s W||^2. Ranks lose about alike at every cut, within
-the parameters of a pair of the candidate's rank, r (V + D).
+Rows are multiplied by s, the root of how often they are asked for, decomposed, and divided by it (`scale`): TT-SVD minimises what lookups
+see, and loses at most what all cuts lose together. Ranks lose alike at every cut, within the parameters of a pair of the candidate's rank.
 
 Sources: Oseledets, Tensor-train decomposition, 2011 (TT-SVD and its bound); Hrinchuk et al., 2020 (TT embeddings); Novikov et al., 2021 (a
 table as a point cloud). Refuses what is no table, and heads tied to one: a product with all rows contracts all cores, which takes
