@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _BLOCK = 4096  # rows turned to float64 at a time
+_MOST_UNSEEN = 0.5  # of lookups that are expected to ask for rows that calibration never did
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,7 @@ def calibrate(
         for s in finding.sites
         if s.refusal is None and s.path == "" and s.kind in ("linear", "lookup")
     }
-    prefix = hashlib.sha256(repr((source_key, feeds.key, target, "moments-2")).encode()).hexdigest()
+    prefix = hashlib.sha256(repr((source_key, feeds.key, target, "moments-3")).encode()).hexdigest()
     distinct = sorted(set(taps.values()), key=lambda t: (t.value, t.size, t.before))
     keys = {tap: hashlib.sha256(repr((prefix, tap)).encode()).hexdigest() for tap in distinct}
     missing = [t for t in distinct if not cache.has(("moments", keys[t]))]
@@ -185,7 +186,9 @@ def _arrays(folder: Path, index: int, tap: Tap) -> dict[str, Array]:
 def _statistics(sums: Mapping[str, Array], tap: Tap) -> InputStatistics:
     count = int(sums["count"][0])
     if tap.lookup:
-        shrinkage = shrinkage_of(count, tap.size)
+        # Good and Turing: the share of ids seen once is how often the next will be one that was never seen
+        once = np.count_nonzero(sums["frequencies"] == 1) / max(count, 1)
+        shrinkage = max(shrinkage_of(count, tap.size), min(float(once), _MOST_UNSEEN))
         share = sums["frequencies"] / max(count, 1)
         return InputStatistics(
             count, frequencies=(1 - shrinkage) * share + shrinkage / tap.size, shrinkage=shrinkage

@@ -289,7 +289,7 @@ class Builder:
         return self(
             "Constant",
             name=name or f"constant_{self._count + 1}",
-            value=ir.Tensor(np.ascontiguousarray(array)),
+            value=ir.Tensor(np.asarray(array, order="C")),  # a scalar stays one
         )
 
 

@@ -33,7 +33,7 @@ class InputStatistics:
     cross, dense_mean: of live statistics, where x is what the compressed part gives and z the dense model's input, (K, K), mean of
     x z^T, shrunk as `second` is, and (K,), mean of z. reaction: of the model's outputs, None where that is not known.
     shrinkage: a in [0, 1]; second is (1 - a) times what was measured plus a times its mean eigenvalue on the diagonal,
-    and frequencies likewise lean towards 1 / V, so that few samples make no direction free.
+    and frequencies likewise lean towards 1 / V, at least by the share of ids that was seen once, so that few samples make no direction free.
     """
 
     count: int

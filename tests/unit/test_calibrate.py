@@ -147,6 +147,20 @@ def test_ids_are_counted(tmp_path: Path) -> None:
     )
 
 
+def test_ids_seen_once_say_how_many_were_not_seen(tmp_path: Path) -> None:
+    def frequencies(ids: list[int]) -> Array:
+        statistics, finding = calibrated(table(mask=False), [{"ids": np.array([ids])}], tmp_path)
+        known = of(statistics, finding, "table")
+        assert known.frequencies is not None
+        return known.frequencies
+
+    # row 3 was seen once in twenty lookups: so often will a new row be asked for, spread over all
+    share = np.array([19, 0, 0, 1, 0]) / 20
+    np.testing.assert_allclose(frequencies([0] * 19 + [3]), 0.95 * share + 0.05 / 5, rtol=EXACT)
+    # where every row was seen once, half of what was seen still counts
+    np.testing.assert_allclose(frequencies([1, 2]), [0.1, 0.35, 0.35, 0.1, 0.1], rtol=EXACT)
+
+
 def test_masked_rows_are_left_out(tmp_path: Path) -> None:
     ids, mask = np.array([[0, 1, 2], [3, 4, 4]]), np.array([[1, 1, 0], [1, 0, 0]])
     statistics, finding = calibrated(table(), [{"ids": ids, "attention_mask": mask}], tmp_path)
