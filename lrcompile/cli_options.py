@@ -161,7 +161,9 @@ def budget(
     ] = None,
     objective: Annotated[
         str | None,
-        Option(metavar="NAME", help="What gets small under --max-error: size or flops. [default: size]"),
+        Option(
+            metavar="NAME", help="What gets small under --max-error: size, disk or flops. [default: size]"
+        ),
     ] = None,
     refit: Annotated[
         bool | None,

@@ -16,8 +16,8 @@ logger = logging.getLogger(__name__)
 # What holds when neither a budget nor a plan is given.
 DEFAULT_LIMIT = Limit("cosine", 0.99)
 
-# What --objective can make small; disk and latency come with the engines.
-OBJECTIVES = ("size", "flops")
+# What --objective can make small; latency comes with the engines.
+OBJECTIVES = ("size", "disk", "flops")
 
 Data = str | Path | Iterable[Mapping[str, Any]] | Callable[[], Iterable[Mapping[str, Any]]]
 
@@ -72,7 +72,7 @@ class Options:
             raise UsageError(f"--plan already decides every rank: leave {given[0].split()[0]} out")
         if b.objective not in OBJECTIVES:
             raise UsageError(
-                f"--objective {b.objective}: this version minimises {' or '.join(OBJECTIVES)}; latency and disk come with the engines"
+                f"--objective {b.objective}: this version minimises {' or '.join(OBJECTIVES)}; latency comes with the engines"
             )
         self._check_pareto()
         if self.batch < 1 or self.threads < 1:

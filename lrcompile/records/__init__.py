@@ -21,7 +21,7 @@ from lrcompile.records.evidence import (
     Tradeoff,
     TradeoffPoint,
 )
-from lrcompile.records.plans import Amount, Budget, Candidate, Cost, Decision, Limit, Plan
+from lrcompile.records.plans import FOLD, Amount, Budget, Candidate, Cost, Decision, Limit, Plan
 from lrcompile.records.sites import (
     Bias,
     Finding,
@@ -39,6 +39,7 @@ from lrcompile.records.sites import (
 from lrcompile.records.statistics import InputStatistics, Reaction
 
 __all__ = [
+    "FOLD",
     "Amount",
     "Bias",
     "Budget",

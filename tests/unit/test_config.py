@@ -87,7 +87,7 @@ def test_what_a_file_may_not_say(tmp_path: Path, text: str, words: str) -> None:
         ({"max_error": "snr"}, "--max-error"),
         ({"dim": ["n"]}, "--dim 'n': write NAME=NUMBER"),
         ({"threads": 0}, "--threads is 0"),
-        ({"objective": "latency"}, "this version minimises size or flops"),
+        ({"objective": "latency"}, "this version minimises size or disk or flops"),
         ({"max_error": "metric=1.05x"}, "needs --metric"),
     ],
 )
