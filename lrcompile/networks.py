@@ -1,13 +1,15 @@
 """What all factorizations into networks of cores have in common: a family gives the mathematics, the rest stands here.
 
-Each structure of a family (how K and N are split) has one curve over its rank, from one decomposition of the weight; what blocks or
-cores lose together under the real moments is measured at a few ranks and interpolated (`weighing.scaled`). Factors start from that
-decomposition and are fitted (`fitting`). A form that takes more multiplications than the weight itself is also offered folded:
+Each structure of a family (how K and N are split) has one curve over its rank. Plain energies, which are quick, say whether a structure
+can win against a low rank at all. If so it is decomposed, and what blocks or cores lose together under the real moments is measured at
+a few ranks and interpolated (`weighing.scaled`). Factors start from that decomposition and are fitted (`fitting`). A form that takes more multiplications than the weight itself is also offered folded:
 its cores save the file, and are multiplied out when the file is loaded.
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -15,6 +17,7 @@ from typing import Protocol
 import numpy as np
 import onnx_ir as ir
 
+from lrcompile.blocks import block_energy
 from lrcompile.contraction import Network, flops
 from lrcompile.cores import dense, emit, packed, product, shapes
 from lrcompile.fitting import fitted
@@ -31,12 +34,18 @@ from lrcompile.interfaces import (
 from lrcompile.records import FOLD, Candidate, Cost, Group, Refusal
 from lrcompile.weighing import Weighing, corrected_biases, scaled, weighing_of
 
+_TINY = np.finfo(np.float64).tiny
+# Below this share of the parameters a form is compared with others.
+_SAVES = 0.95
 # A claim covers the rounding of float64 in the eigenproblems.
 _CLAIM_SLACK = 1e-7
 _FULL = ("form", "full")
 _FOLDED = "folded to the dense weight when it is loaded: it saves the file only"
 
 Structure = tuple[tuple[str, int | str], ...]
+
+# A structure, the ranks at which it is offered, and its network at each.
+Offer = tuple[Structure, Sequence[int], Sequence[Network]]
 
 
 class Family(Protocol):
@@ -58,8 +67,12 @@ class Family(Protocol):
 
     def network(self, K: int, N: int, structure: Structure, rank: int) -> Network: ...
 
+    def energy(self, W: Array, structure: Structure) -> Array:
+        """(R + 1,): what is lost of W at rank 0, 1, .., R, squared, for C = G = I, or a bound of it; quick."""
+        ...
+
     def decompose(self, W: Array, weighing: Weighing, structure: Structure) -> Factors:
-        """energy (R + 1,): about what is lost, squared, at rank 0, 1, .., R, as `Weighing.fitted` counts; and all that `cores` needs."""
+        """energy, about the same as `Weighing.fitted` counts; and all that `cores` needs."""
         ...
 
     def cores(self, W: Array, found: Factors, structure: Structure, rank: int) -> Sequence[Array]:
@@ -105,14 +118,16 @@ class NetworkFactorization:
                     self.name, rank, _cost(group, weights, network), 0.0, bound=False, structure=form
                 )
             return
+        offered: list[Offer] = []
         for structure in family.structures(K, N):
             ranks = _ranks(options, min(family.largest(K, N, structure), K, N))
             networks = [family.network(K, N, structure, r) for r in ranks]
             small = [n for n in networks if options.ranks is not None or n.parameters < K * N]
-            if not small:
-                continue
-            curve = self._curve(group, weights, statistics, structure, ranks[: len(small)])
-            for rank, network in zip(ranks, small, strict=False):
+            if small:
+                offered.append((structure, ranks[: len(small)], small))
+        curves = self._curves(group, weights, statistics, offered)
+        for (structure, at, forms), curve in zip(offered, curves, strict=True):
+            for rank, network in zip(at, forms, strict=True):
                 yield from self._forms(group, weights, structure, rank, network, curve, statistics is None)
 
     def _forms(
@@ -128,31 +143,64 @@ class NetworkFactorization:
         if cost.flops > whole:
             yield replace(made, cost=replace(cost, flops=whole), structure=(*structure, FOLD), note=_FOLDED)
 
-    def _curve(
-        self, group: Group, weights: Weights, statistics: StatisticsSource | None, structure: Structure, ranks: Sequence[int]
-    ) -> Factors:  # fmt: skip
-        """errors, and movements where they are known, at rank 0, 1, ..; kept between plans."""
-        at = sorted({ranks[0], ranks[len(ranks) // 2], ranks[-1]})
-        seen = (statistics.key(s) for s in group.sites) if statistics is not None else ()
-        key = ("network-1", self.name, repr((structure, at)), *(weights.key(s) for s in group.sites), *seen)
+    def _curves(
+        self, group: Group, weights: Weights, statistics: StatisticsSource | None, offered: Sequence[Offer]
+    ) -> list[Factors]:
+        """Of each structure errors, and movements where they are known, at rank 0, 1, ..; kept between plans.
+
+        A structure that could win is decomposed and measured under the real moments, at three ranks. Of the others that is done with
+        the most promising one, at one rank; they are taken to lose as much more than without the moments as it does.
+        """
+        seen = [statistics.key(s) for s in group.sites] if statistics is not None else []
+        asked = repr([(structure, ranks[0], ranks[-1], len(ranks)) for structure, ranks, _ in offered])
+        digest = hashlib.sha256(asked.encode()).hexdigest()
+        key = ("networks-1", self.name, digest, *(weights.key(s) for s in group.sites), *seen)
 
         def compute() -> Factors:
             W = weights.matrix(group.sites[0])
             weighing = weighing_of(group, weights, statistics)
-            found = self.family.decompose(W, weighing, structure)
-            energy = found["energy"]
+            plain = [self.family.energy(W, structure) for structure, _, _ in offered]
             if weighing.lost is None:
-                return {"errors": np.sqrt(energy / max(weighing.total, np.finfo(np.float64).tiny))}
-            gone = {r: W - self._product(W, found, structure, r) for r in at}
-            errors = np.sqrt(scaled(energy, at, lambda r: weighing.error(gone[r]) ** 2))
-            if weighing.reacts is None:
-                return {"errors": errors}
-            return {
-                "errors": errors,
-                "movements": scaled(energy, at, lambda r: weighing.movement(gone[r]) or 0.0),
-            }
+                return _numbered([{"errors": np.sqrt(e / max(weighing.total, _TINY))} for e in plain])
+            low_rank = weights.remember(
+                ("plain-energy", weights.key(group.sites[0])), lambda: {"energy": block_energy(W, 1, 1)}
+            )["energy"]
+            chances = [_chance(e, n, r, low_rank) for e, (_, r, n) in zip(plain, offered, strict=True)]
+            curves = self._typical(W, weighing, offered, plain, int(np.argmin(chances)))
+            for i, (structure, ranks, _) in enumerate(offered):
+                if chances[i] < 1.0:
+                    curves[i] = self._measured(W, weighing, structure, ranks)
+            return _numbered(curves)
 
-        return weights.remember(key, compute)
+        found = weights.remember(key, compute)
+        return [
+            {n: found[f"{n}.{i}"] for n in ("errors", "movements") if f"{n}.{i}" in found}
+            for i in range(len(offered))
+        ]
+
+    def _measured(self, W: Array, weighing: Weighing, structure: Structure, ranks: Sequence[int]) -> Factors:
+        """The curve of a structure, measured at its lowest, middle and highest rank."""
+        at = sorted({ranks[0], ranks[len(ranks) // 2], ranks[-1]})
+        found = self.family.decompose(W, weighing, structure)
+        gone = {r: W - self._product(W, found, structure, r) for r in at}
+        curve = {"errors": np.sqrt(scaled(found["energy"], at, lambda r: weighing.error(gone[r]) ** 2))}
+        if weighing.reacts is not None:
+            curve["movements"] = scaled(found["energy"], at, lambda r: weighing.movement(gone[r]) or 0.0)
+        return curve
+
+    def _typical(
+        self, W: Array, weighing: Weighing, offered: Sequence[Offer], plain: Sequence[Array], best: int
+    ) -> list[Factors]:
+        """Curves in proportion to the plain ones, by the best structure at its middle rank."""
+        structure, ranks, _ = offered[best]
+        middle = ranks[len(ranks) // 2]
+        gone = W - self._product(W, self.family.decompose(W, weighing, structure), structure, middle)
+        lost = max(float(plain[best][middle]), _TINY)
+        errors, movement = weighing.error(gone) ** 2 / lost, weighing.movement(gone)
+        return [
+            {"errors": np.sqrt(errors * e)} | ({} if movement is None else {"movements": movement / lost * e})
+            for e in plain
+        ]
 
     def _product(self, W: Array, found: Factors, structure: Structure, rank: int) -> Array:
         network = self.family.network(W.shape[0], W.shape[1], structure, rank)
@@ -205,6 +253,21 @@ class NetworkFactorization:
         if _FULL not in candidate.structure:
             return candidate.rank
         return self.family.largest(group.sites[0].K, group.sites[0].N, _plain(candidate.structure))
+
+
+def _chance(energy: Array, networks: Sequence[Network], ranks: Sequence[int], low_rank: Array) -> float:
+    """The least share, over ranks that save something, of what a low rank in pivoted form loses at as many parameters."""
+    (K, N) = (networks[0].size(side) for side in (networks[0].inputs, networks[0].outputs))
+    shares = [np.inf]
+    for rank, network in zip(ranks, networks, strict=True):
+        if network.parameters < _SAVES * K * N:
+            rival = int((K + N - math.sqrt((K + N) ** 2 - 4 * network.parameters)) / 2)
+            shares.append(float(energy[rank] / max(low_rank[min(rival, len(low_rank) - 1)], _TINY)))
+    return min(shares)
+
+
+def _numbered(curves: Sequence[Factors]) -> Factors:
+    return {f"{name}.{i}": array for i, curve in enumerate(curves) for name, array in curve.items()}
 
 
 def _plain(structure: Structure) -> Structure:

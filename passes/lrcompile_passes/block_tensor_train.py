@@ -20,7 +20,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lrcompile.blocks import block_svd, divisors, fix_signs, nearest_divisor, tails
+from lrcompile.blocks import block_energy, block_svd, divisors, fix_signs, nearest_divisor
 from lrcompile.contraction import Network
 from lrcompile.interfaces import Array, Factorization, Factors
 from lrcompile.networks import NetworkFactorization, Structure
@@ -38,7 +38,7 @@ class BlockTensorTrain:
 
     def structures(self, K: int, N: int) -> Sequence[Structure]:
         few, fewer = _few(K), _few(N)
-        pairs = [*zip(few, fewer, strict=False), (1, fewer[0]), (few[0], 1), (1, fewer[-1]), (few[-1], 1)]
+        pairs = [*zip(few, fewer, strict=False), (1, fewer[0]), (few[0], 1)]
         pairs.append((nearest_divisor(K, math.sqrt(K)), nearest_divisor(N, math.sqrt(N))))
         distinct = dict.fromkeys(pair for pair in pairs if pair != (1, 1)) or {(1, 1): None}
         two = [_structure((c, K // c), (N // b, b)) for c, b in distinct]
@@ -62,26 +62,23 @@ class BlockTensorTrain:
         sizes = {**dict(zip(ks, k, strict=True)), **dict(zip(ns, n, strict=True))}
         return Network(ks, ns, tuple(cores), {**sizes, **{f"s{j + 1}": s for j, s in enumerate(bonds)}})
 
+    def energy(self, W: Array, structure: Structure) -> Array:
+        """Two cores: exact. More: the sum over bonds of what each cuts off the weight itself, a bound as of TT-SVD."""
+        k, n = _sizes(structure)
+        return _summed([block_energy(W, math.prod(k[:j]), math.prod(n[j:])) for j in range(1, len(k))])
+
     def decompose(self, W: Array, weighing: Weighing, structure: Structure) -> Factors:
         k, n = _sizes(structure)
         found = block_svd(W, weighing, math.prod(k[:-1]), n[-1])
-        if len(k) == 2:
-            return found
-        energy = found["energy"]
-        for spectrum in _peeled(found, k, n, max(W.shape))[1]:
-            lost = tails(np.sum(spectrum**2, axis=tuple(range(spectrum.ndim - 1))))
-            size = max(len(energy), len(lost))
-            energy = _longer(energy, size) + _longer(lost, size)
-        return {**found, "energy": energy}
+        more = [block_energy(W, math.prod(k[:j]), math.prod(n[j:])) for j in range(1, len(k) - 1)]
+        return {**found, "energy": _summed([found["energy"], *more])}
 
     def cores(self, W: Array, found: Factors, structure: Structure, rank: int) -> Sequence[Array]:
-        return _peeled(found, *_sizes(structure), rank)[0]
+        return _peeled(found, *_sizes(structure), rank)
 
 
-def _peeled(
-    found: Factors, k: tuple[int, ...], n: tuple[int, ...], rank: int
-) -> tuple[list[Array], list[Array]]:
-    """The cores from the last to the first, and the singular values that each further split had, (blocks, m)."""
+def _peeled(found: Factors, k: tuple[int, ...], n: tuple[int, ...], rank: int) -> list[Array]:
+    """The cores from the last to the first."""
     last = len(k) - 1
     bonds = _bonds(k, n, rank)
     s = bonds[last - 1]
@@ -89,7 +86,6 @@ def _peeled(
     cores = [np.moveaxis(left, 1, 2).reshape(*k, n[last], s)]
     # rest: n_>j, k_0 .. k_j, s, n_0 .. n_j with j one less
     rest = np.moveaxis(found["right"][:, :, :s], 1, 0)
-    spectra = []
     for j in range(last - 1, 0, -1):
         outer, before, bond = n[j + 1 :], bonds[j], bonds[j - 1]
         grouped = rest.reshape(math.prod(outer), math.prod(k[:j]), k[j] * before, math.prod(n[:j]), n[j])
@@ -97,12 +93,11 @@ def _peeled(
         U, V = fix_signs(
             U, values[..., None] * Vt
         )  # (outer, k_<j, n_j, k_j s, m), (outer, k_<j, n_j, m, n_<j)
-        spectra.append(values)
         core = np.moveaxis(U[..., :bond], 2, 3)
         cores.append(core.reshape(*outer, *k[: j + 1], before, n[j], bond))
         rest = np.moveaxis(V[..., :bond, :], 2, 0)  # n_j joins the outer axes, in front of them
     cores.append(rest.reshape(*n[1:], k[0], bonds[0], n[0]))
-    return cores, spectra
+    return cores
 
 
 def _few(n: int) -> list[int]:
@@ -123,8 +118,10 @@ def _bonds(k: tuple[int, ...], n: tuple[int, ...], rank: int) -> tuple[int, ...]
     return tuple(reversed(found))
 
 
-def _longer(curve: Array, size: int) -> Array:
-    return np.pad(curve, (0, size - len(curve)))
+def _summed(curves: Sequence[Array]) -> Array:
+    size = max(map(len, curves))
+    found: Array = np.sum([np.pad(curve, (0, size - len(curve))) for curve in curves], axis=0)
+    return found
 
 
 def _structure(k: tuple[int, ...], n: tuple[int, ...]) -> Structure:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lrcompile.blocks import fix_signs, nearest_divisor, tails
+from lrcompile.blocks import block_energy, fix_signs, nearest_divisor, tails
 from lrcompile.contraction import Network
 from lrcompile.interfaces import Array, Factorization, Factors
 from lrcompile.networks import NetworkFactorization, Structure
@@ -49,10 +49,11 @@ class Kronecker:
         sizes = {"k0": k0, "k1": K // k0, "n0": n0, "n1": N // n0, "s": rank}
         return Network(("k0", "k1"), ("n0", "n1"), (("k0", "n0", "s"), ("s", "k1", "n1")), sizes)
 
+    def energy(self, W: Array, structure: Structure) -> Array:
+        return block_energy(_rearranged(W, structure), 1, 1)
+
     def decompose(self, W: Array, weighing: Weighing, structure: Structure) -> Factors:
-        (K, N), (k0, n0) = W.shape, _first(structure)
-        rearranged = W.reshape(k0, K // k0, n0, N // n0).transpose(0, 2, 1, 3).reshape(k0 * n0, -1)
-        U, values, Vt = np.linalg.svd(rearranged, full_matrices=False)
+        U, values, Vt = np.linalg.svd(_rearranged(W, structure), full_matrices=False)
         half = np.sqrt(values)
         left, right = fix_signs(U * half, half[:, None] * Vt)
         return {"left": left, "right": right, "energy": tails(values**2)}
@@ -61,6 +62,12 @@ class Kronecker:
         (K, N), (k0, n0) = W.shape, _first(structure)
         a, b = found["left"][:, :rank], found["right"][:rank]
         return a.reshape(k0, n0, rank), b.reshape(rank, K // k0, N // n0)
+
+
+def _rearranged(W: Array, structure: Structure) -> Array:
+    """W[(k_0 n_0), (k_1 n_1)]."""
+    (K, N), (k0, n0) = W.shape, _first(structure)
+    return W.reshape(k0, K // k0, n0, N // n0).transpose(0, 2, 1, 3).reshape(k0 * n0, -1)
 
 
 def _first(structure: Structure) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from lrcompile.blocks import block_svd, divisors, nearest_divisor
+from lrcompile.blocks import block_energy, block_svd, divisors, nearest_divisor
 from lrcompile.contraction import Network
 from lrcompile.interfaces import Array, Factorization, Factors
 from lrcompile.networks import NetworkFactorization, Structure
@@ -45,6 +45,9 @@ class Monarch:
         c, b = _blocks(structure)
         sizes = {"k0": c, "k1": K // c, "n0": N // b, "n1": b}
         return Network(("k0", "k1"), ("n0", "n1"), (("k0", "k1", "n1"), ("n1", "k0", "n0")), sizes)
+
+    def energy(self, W: Array, structure: Structure) -> Array:
+        return block_energy(W, *_blocks(structure))[:2]
 
     def decompose(self, W: Array, weighing: Weighing, structure: Structure) -> Factors:
         found = block_svd(W, weighing, *_blocks(structure))

@@ -27,7 +27,7 @@ from collections.abc import Sequence
 import numpy as np
 import scipy.linalg
 
-from lrcompile.blocks import divisors, fix_signs, tails
+from lrcompile.blocks import block_energy, divisors, fix_signs
 from lrcompile.contraction import Axes, Network
 from lrcompile.interfaces import Array, Factorization, Factors
 from lrcompile.networks import NetworkFactorization, Structure
@@ -64,22 +64,21 @@ class TensorTrain:
         larger = made.size(inputs), made.size(outputs)
         return made if larger == (K, N) else Network(inputs, outputs, tuple(cores), sizes, cropped=(K, N))
 
-    def decompose(self, W: Array, weighing: Weighing, structure: Structure) -> Factors:
+    def energy(self, W: Array, structure: Structure) -> Array:
+        """The bound of TT-SVD: the sum over cuts of what each cuts off the weight itself."""
         tensor = _tensor(W, structure)
         energy = np.zeros(self.largest(W.shape[0], W.shape[1], structure) + 1)
         for cut in range(1, tensor.ndim):
-            unfolding = tensor.reshape(math.prod(tensor.shape[:cut]), -1)
-            small = (
-                unfolding @ unfolding.T
-                if unfolding.shape[0] <= unfolding.shape[1]
-                else unfolding.T @ unfolding
-            )
-            lost = tails(np.maximum(np.linalg.eigvalsh(small)[::-1], 0.0))[: len(energy)]
+            lost = block_energy(tensor.reshape(math.prod(tensor.shape[:cut]), -1), 1, 1)
             energy[: len(lost)] += lost
+        return energy
+
+    def decompose(self, W: Array, weighing: Weighing, structure: Structure) -> Factors:
         left, right = weighing.fitted
+        found = {"energy": self.energy(W, structure)}
         if dict(structure)["order"] != "split" or left is None:
-            return {"energy": energy}
-        return {"energy": energy, **_whitened(W, left, right)}
+            return found
+        return {**found, **_whitened(W, left, right)}
 
     def cores(self, W: Array, found: Factors, structure: Structure, rank: int) -> Sequence[Array]:
         if "a" in found:

@@ -278,31 +278,38 @@ def test_a_fit_finds_the_least_squares_of_one_core() -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("reacts", [False, True])
 def test_claims_are_those_of_the_start(tmp_path: Path, name: str, reacts: bool) -> None:
-    """The claimed error and movement at an asked rank, against the start's own error by brute force on its moments."""
+    """Error and movement at an asked rank, against the start's own by brute force: of a structure that can win the same, of others about."""
     K, N = 24, 24
-    graph, seen = layer(normal(K, N), bias=True), statistics(K, N, reacts)
+    family, seen = family_of(name).family, statistics(K, N, reacts)
+    true = family.structures(K, N)[0]
+    W = truth(name, K, N, true, 1) + 0.05 * normal(K, N, dtype=np.float64)
+    graph = layer(W, bias=True)
     (group,) = find(graph).groups
-    weights, family = ModelWeights(Cache(tmp_path), 18), family_of(name).family
+    weights = ModelWeights(Cache(tmp_path), 18)
     W = weights.matrix(group.sites[0])
     known = seen.known
     assert known.second is not None and known.mean is not None
     covariance = known.second - np.outer(known.mean, known.mean)
-    for form in forms(name, graph, tmp_path, [1, 2], seen):
-        if FOLD in form.structure:
+    checked = 0
+    for form in forms(name, graph, tmp_path, [1], seen):
+        if form.folds:
             continue
         assert form.rank is not None and not form.bound
         found = family.decompose(W, weighing_of(group, weights, seen), form.structure)
-        E = W - product(
-            family.network(K, N, form.structure, form.rank), family.cores(W, found, form.structure, form.rank)
-        )
+        network = family.network(K, N, form.structure, form.rank)
+        E = W - product(network, family.cores(W, found, form.structure, form.rank))
         wanted = np.sqrt(np.trace(E.T @ covariance @ E) / np.trace(W.T @ known.second @ W))
-        assert form.error == pytest.approx(wanted, rel=1e-6)
+        factor = 1 + 1e-5 if form.structure == true else 3.0
+        checked += form.structure == true
+        assert wanted / factor <= form.error <= wanted * factor
         if not reacts:
             assert form.movement is None
             continue
-        assert known.reaction is not None
+        assert known.reaction is not None and form.movement is not None
         moved = 0.7 * covariance + 0.3 * np.trace(covariance) * known.reaction.input
-        assert form.movement == pytest.approx(np.trace(E.T @ moved @ E @ known.reaction.output), rel=1e-6)
+        wanted = np.trace(E.T @ moved @ E @ known.reaction.output)
+        assert wanted / factor**2 <= form.movement <= wanted * factor**2
+    assert checked == 1
 
 
 def test_biases_absorb_the_mean(tmp_path: Path) -> None:
