@@ -9,7 +9,7 @@ others bonds. So nothing but the arrays is needed to know the network again, and
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -67,17 +67,29 @@ def dense(factors: Factors) -> Array:
 
 def product(network: Network, cores: Sequence[Array]) -> Array:
     """W (K, N) of cores in the network's own axes."""
-    symbols = {a: opt_einsum.get_symbol(i) for i, a in enumerate(network.sizes)}
-    terms = [
-        "".join(symbols[a] for a in axes) for axes in (*network.cores, (*network.inputs, *network.outputs))
-    ]
-    equation = f"{','.join(terms[:-1])}->{terms[-1]}"
-    whole: Array = opt_einsum.contract(equation, *cores).reshape(
-        network.size(network.inputs), network.size(network.outputs)
+    return multiplier(network)(cores)
+
+
+def multiplier(network: Network) -> Callable[[Sequence[Array]], Array]:
+    """`product` of many sets of cores: the order is looked for once."""
+    whole = (*network.inputs, *network.outputs)
+    expression = opt_einsum.contract_expression(
+        equation(network, network.cores, whole), *map(network.shape, network.cores)
     )
-    if network.cropped is not None:
-        whole = whole[: network.cropped[0], : network.cropped[1]]
-    return whole
+    K, N = network.cropped or (network.size(network.inputs), network.size(network.outputs))
+
+    def multiplied(cores: Sequence[Array]) -> Array:
+        made: Array = expression(*cores).reshape(network.size(network.inputs), network.size(network.outputs))
+        return made[:K, :N]
+
+    return multiplied
+
+
+def equation(network: Network, terms: Iterable[Axes], result: Axes) -> str:
+    """An einsum over axes of the network."""
+    symbols = {a: opt_einsum.get_symbol(i) for i, a in enumerate(network.sizes)}
+    left, right = ("".join(symbols[a] for a in axes) for axes in terms), "".join(symbols[a] for a in result)
+    return f"{','.join(left)}->{right}"
 
 
 def emit(op: Op, call: Call) -> ir.Value:

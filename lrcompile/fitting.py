@@ -13,7 +13,7 @@ import numpy as np
 import opt_einsum
 
 from lrcompile.contraction import Network
-from lrcompile.cores import product
+from lrcompile.cores import equation, multiplier
 from lrcompile.interfaces import Array
 
 _SWEEPS, _STEPS = 3, 6
@@ -31,24 +31,26 @@ def fitted(
         E = E if left is None else left @ E
         return E if right is None else E @ right
 
-    E = W - product(network, made)
+    multiplied = multiplier(network)
+    E = W - multiplied(made)
     lost, whole = float(np.vdot(E, weighed(E))), float(np.vdot(W, weighed(W)))
     for _ in range(_SWEEPS):
         before = lost
         for i in range(len(made)):
-            made[i], E, lost = _descend(network, made, i, E, weighed)
+            made[i], E, lost = _descend(network, made, i, E, multiplied, weighed)
         if lost > (1.0 - _GAIN) * before or lost <= _NOTHING * whole:
             break
     return tuple(made)
 
 
 def _descend(
-    network: Network, cores: Sequence[Array], index: int, E: Array, weighed: Callable[[Array], Array]
-) -> tuple[Array, Array, float]:
+    network: Network, cores: Sequence[Array], index: int, E: Array, multiplied: Callable[[Sequence[Array]], Array],
+    weighed: Callable[[Array], Array],
+) -> tuple[Array, Array, float]:  # fmt: skip
     """A better core, the error that is left, and what it counts."""
 
     def effect(step: Array) -> Array:
-        return product(network, [*cores[:index], step, *cores[index + 1 :]])
+        return multiplied([*cores[:index], step, *cores[index + 1 :]])
 
     slope = _adjoint(network, cores, index)
     core, felt = cores[index].copy(), weighed(E)
@@ -71,23 +73,19 @@ def _descend(
 
 
 def _adjoint(network: Network, cores: Sequence[Array], index: int) -> Callable[[Array], Array]:
-    """How a matrix (K, N) is felt by one core: the transpose of `product`."""
-    symbols = {a: opt_einsum.get_symbol(i) for i, a in enumerate(network.sizes)}
+    """How a matrix (K, N) is felt by one core: the transpose of the product."""
     whole = (*network.inputs, *network.outputs)
-    others = [
-        (axes, core) for i, (axes, core) in enumerate(zip(network.cores, cores, strict=True)) if i != index
-    ]
-    terms = [
-        "".join(symbols[a] for a in axes) for axes in (whole, *(a for a, _ in others), network.cores[index])
-    ]
-    shapes = (network.shape(whole), *(core.shape for _, core in others))
-    expression = opt_einsum.contract_expression(f"{','.join(terms[:-1])}->{terms[-1]}", *shapes)
+    others = [i for i in range(len(cores)) if i != index]
+    terms = [whole, *(network.cores[i] for i in others)]
+    expression = opt_einsum.contract_expression(
+        equation(network, terms, network.cores[index]), *map(network.shape, terms)
+    )
+    K, N = network.size(network.inputs), network.size(network.outputs)
 
     def felt(M: Array) -> Array:
         if network.cropped is not None:
-            K, N = network.size(network.inputs), network.size(network.outputs)
             M = np.pad(M, ((0, K - M.shape[0]), (0, N - M.shape[1])))
-        slope: Array = expression(M.reshape(network.shape(whole)), *(core for _, core in others))
+        slope: Array = expression(M.reshape(network.shape(whole)), *(cores[i] for i in others))
         return slope
 
     return felt

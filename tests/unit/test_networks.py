@@ -26,7 +26,7 @@ from lrcompile.loss import group_loss
 from lrcompile.lower import lower
 from lrcompile.networks import NetworkFactorization
 from lrcompile.plan import check_plan, choose
-from lrcompile.records import FOLD, Amount, Budget, Candidate, Decision, InputStatistics, Plan, Reaction, Site
+from lrcompile.records import Amount, Budget, Candidate, Decision, InputStatistics, Plan, Reaction, Site
 from lrcompile.registry import factorization
 from lrcompile.rewrite import rewrite
 from lrcompile.sites import find
