@@ -19,6 +19,7 @@ from lrcompile.interfaces import Array
 _SWEEPS, _STEPS = 3, 6
 # A sweep that gains less is the last one; what is so small beside the weight itself is rounding.
 _GAIN, _NOTHING = 1e-2, 1e-24
+_TINY = 1e-200  # squares of what is smaller underflow
 
 
 def fitted(
@@ -35,10 +36,12 @@ def fitted(
     E = W - multiplied(made)
     lost, whole = float(np.vdot(E, weighed(E))), float(np.vdot(W, weighed(W)))
     for _ in range(_SWEEPS):
+        if lost <= _NOTHING * whole:
+            break
         before = lost
         for i in range(len(made)):
             made[i], E, lost = _descend(network, made, i, E, multiplied, weighed)
-        if lost > (1.0 - _GAIN) * before or lost <= _NOTHING * whole:
+        if lost > (1.0 - _GAIN) * before:
             break
     return tuple(made)
 
@@ -56,13 +59,14 @@ def _descend(
     core, felt = cores[index].copy(), weighed(E)
     down = slope(felt)
     direction, size = down, float(np.vdot(down, down))
+    least = max(_NOTHING * size, _TINY)
     for _ in range(_STEPS):
-        if size == 0.0:
+        if size <= least:
             break
         change = effect(direction)
         counts = weighed(change)
         curvature = float(np.vdot(change, counts))
-        if curvature <= 0.0:
+        if curvature <= _TINY:
             break
         length = size / curvature
         core, E, felt = core + length * direction, E - length * change, felt - length * counts

@@ -125,7 +125,7 @@ class NetworkFactorization:
             small = [n for n in networks if options.ranks is not None or n.parameters < K * N]
             if small:
                 offered.append((structure, ranks[: len(small)], small))
-        curves = self._curves(group, weights, statistics, offered)
+        curves = self._curves(group, weights, statistics, offered) if offered else []
         for (structure, at, forms), curve in zip(offered, curves, strict=True):
             for rank, network in zip(at, forms, strict=True):
                 yield from self._forms(group, weights, structure, rank, network, curve, statistics is None)
