@@ -232,14 +232,14 @@ def _costs(candidate: Candidate, dense: Decision, objective: str, linear: bool) 
         if candidate.cost.flops >= dense.flops_before:
             return f"rank {candidate.rank} would take as many FLOPs as the weight (--objective flops)"
         return None
-    if linear and candidate.cost.flops > dense.flops_before:
-        return f"{candidate.method} would take more multiplications than the weight where it saves parameters"
     if candidate.cost.parameters >= dense.parameters_before:
         return f"rank {candidate.rank} would take as many parameters as the weight"
     if candidate.cost.bytes >= dense.bytes_before:
         return (
             f"its factors would take more bytes than the weight does in its own type ({dense.bytes_before:,})"
         )
+    if linear and candidate.cost.flops > dense.flops_before:
+        return f"{candidate.method} would take more multiplications than the weight where it saves parameters"
     return None
 
 

@@ -16,7 +16,7 @@ from lrcompile.contraction import Network
 from lrcompile.cores import equation, multiplier
 from lrcompile.interfaces import Array
 
-_SWEEPS, _STEPS = 3, 6
+_SWEEPS, _STEPS = 2, 4  # a product C E G each: with more a fit would cost more than ten decompositions
 # A sweep that gains less is the last one; what is so small beside the weight itself is rounding.
 _GAIN, _NOTHING = 1e-2, 1e-24
 _TINY = 1e-200  # squares of what is smaller underflow
