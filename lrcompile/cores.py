@@ -8,6 +8,7 @@ others bonds. So nothing but the arrays is needed to know the network again, and
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -73,9 +74,7 @@ def product(network: Network, cores: Sequence[Array]) -> Array:
 def multiplier(network: Network) -> Callable[[Sequence[Array]], Array]:
     """`product` of many sets of cores: the order is looked for once."""
     whole = (*network.inputs, *network.outputs)
-    expression = opt_einsum.contract_expression(
-        equation(network, network.cores, whole), *map(network.shape, network.cores)
-    )
+    expression = einsum(network, network.cores, whole)
     K, N = network.cropped or (network.size(network.inputs), network.size(network.outputs))
 
     def multiplied(cores: Sequence[Array]) -> Array:
@@ -85,11 +84,43 @@ def multiplier(network: Network) -> Callable[[Sequence[Array]], Array]:
     return multiplied
 
 
-def equation(network: Network, terms: Iterable[Axes], result: Axes) -> str:
-    """An einsum over axes of the network."""
+def einsum(network: Network, terms: Sequence[Axes], result: Axes) -> Callable[..., Array]:
+    """Arrays of these axes multiplied to one of `result`: opt_einsum's order, each step a batched product.
+
+    NumPy's own einsum leaves BLAS where two arrays share an axis that stays, as blocks do.
+    """
     symbols = {a: opt_einsum.get_symbol(i) for i, a in enumerate(network.sizes)}
-    left, right = ("".join(symbols[a] for a in axes) for axes in terms), "".join(symbols[a] for a in result)
-    return f"{','.join(left)}->{right}"
+    words = ["".join(symbols[a] for a in axes) for axes in (*terms, result)]
+    info = opt_einsum.contract_path(
+        f"{','.join(words[:-1])}->{words[-1]}", *map(network.shape, terms), shapes=True
+    )[1]
+    steps = [(tuple(sorted(step[0], reverse=True)), step[2]) for step in info.contraction_list]
+
+    def multiplied(*arrays: Array) -> Array:
+        held = list(arrays)
+        for places, words in steps:
+            taken = [held.pop(i) for i in places]
+            held.append(_pair(words, *taken) if len(taken) == 2 else np.einsum(words, *taken))
+        return held[0]
+
+    return multiplied
+
+
+def _pair(words: str, a: Array, b: Array) -> Array:
+    left, right, result = words.replace("->", ",").split(",")
+    sizes = dict(zip(left + right, a.shape + b.shape, strict=True))
+    shared = [c for c in left if c in right]
+    batch, summed = [c for c in shared if c in result], [c for c in shared if c not in result]
+    rows, columns = [c for c in left if c not in right], [c for c in right if c not in left]
+
+    def arranged(array: Array, axes: str, *groups: list[str]) -> Array:
+        order = [axes.index(c) for group in groups for c in group]
+        return array.transpose(order).reshape([math.prod(sizes[c] for c in group) for group in groups])
+
+    made = arranged(a, left, batch, rows, summed) @ arranged(b, right, batch, summed, columns)
+    axes = [*batch, *rows, *columns]
+    whole: Array = made.reshape([sizes[c] for c in axes]).transpose([axes.index(c) for c in result])
+    return whole
 
 
 def emit(op: Op, call: Call) -> ir.Value:

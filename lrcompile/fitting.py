@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import opt_einsum
 
 from lrcompile.contraction import Network
-from lrcompile.cores import equation, multiplier
+from lrcompile.cores import einsum, multiplier
 from lrcompile.interfaces import Array
 
 _SWEEPS, _STEPS = 2, 4  # a product C E G each: with more a fit would cost more than ten decompositions
@@ -81,9 +80,7 @@ def _adjoint(network: Network, cores: Sequence[Array], index: int) -> Callable[[
     whole = (*network.inputs, *network.outputs)
     others = [i for i in range(len(cores)) if i != index]
     terms = [whole, *(network.cores[i] for i in others)]
-    expression = opt_einsum.contract_expression(
-        equation(network, terms, network.cores[index]), *map(network.shape, terms)
-    )
+    expression = einsum(network, terms, network.cores[index])
     K, N = network.size(network.inputs), network.size(network.outputs)
 
     def felt(M: Array) -> Array:
