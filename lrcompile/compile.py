@@ -325,7 +325,13 @@ def first_plan(problem: Problem, known: Study) -> Plan:
     if (given := known.options.plan) is None:
         return choose(problem)
     return check_plan(
-        given, known.finding, known.methods, known.weights, known.statistics, known.options.target
+        given,
+        known.finding,
+        known.methods,
+        known.weights,
+        known.statistics,
+        known.options.target,
+        known.options.budget.objective,
     )
 
 

@@ -201,6 +201,7 @@ def _curve(
         full=full,
     )
     dense = dense_of(group, "")
+    linear = all(s.kind == "linear" for s in group.sites)
     absorbs = group.shares_weight and all(absorbed(s) for s in group.sites)
     for method in methods:
         if method.name == "dense":
@@ -214,11 +215,8 @@ def _curve(
         else:
             for made in method.candidates(group, weights, statistics, options):
                 candidate = folded(made) if absorbs and made.index_bytes else made
-                reason = (
-                    None
-                    if full
-                    else _costs(candidate, dense, "latency" if budget.asks_speed else budget.objective)
-                )
+                objective = "latency" if budget.asks_speed else budget.objective
+                reason = None if full else _costs(candidate, dense, objective, linear)
                 if reason is None and (no := supports(decision_of(group, candidate, ""))) is not None:
                     reason = no.reason
                 if reason is None:
@@ -274,8 +272,13 @@ def folded(candidate: Candidate) -> Candidate:
     return replace(candidate, cost=cost, index_bytes=0, permutes="out")
 
 
-def _costs(candidate: Candidate, dense: Decision, objective: str) -> str | None:
-    """Why a candidate is not worth having: it must save what the objective counts."""
+def _costs(candidate: Candidate, dense: Decision, objective: str, linear: bool) -> str | None:
+    """Why a candidate is not worth having: it must save what the objective counts, and only the file may cost time."""
+    if candidate.folds and objective != "disk":
+        return (
+            f"{candidate.method} would only make the file smaller, not the engine that is made of it: its cores are multiplied out "
+            "to the weight (--objective disk)"
+        )
     if objective in ("flops", "latency"):
         if candidate.cost.flops >= dense.flops_before:
             return f"rank {candidate.rank} would take as many FLOPs as the weight (--objective {objective})"
@@ -286,6 +289,8 @@ def _costs(candidate: Candidate, dense: Decision, objective: str) -> str | None:
         return (
             f"its factors would take more bytes than the weight does in its own type ({dense.bytes_before:,})"
         )
+    if linear and candidate.cost.flops > dense.flops_before:
+        return f"{candidate.method} would take more multiplications than the weight where it saves parameters"
     return None
 
 

@@ -237,6 +237,28 @@ def _as_its_first_input(node: ir.Node) -> None:
     )
 
 
+def drop(model: ir.Model, value: ir.Value) -> None:
+    """Remove what made a constant that nobody reads any more."""
+    pending = [value]
+    while pending:
+        at = pending.pop()
+        if at.uses() or at.is_graph_output():
+            continue
+        node = at.producer()
+        if node is not None:
+            if node.graph is None or any(v.uses() or v.is_graph_output() for v in node.outputs):
+                continue
+            pending.extend(v for v in node.inputs if v is not None)
+            node.graph.remove(node, safe=True)
+        elif at.is_initializer() and at.graph is not None and at.name is not None:
+            graph = at.graph
+            if at.is_graph_input():
+                if (model.ir_version or 0) >= 4:
+                    continue
+                graph.inputs.remove(at)
+            del graph.initializers[at.name]
+
+
 class Names:
     """Names that no value and no node of a model bears. Names are per model: shadowing across bodies is illegal."""
 

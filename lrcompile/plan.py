@@ -372,6 +372,7 @@ def check_plan(
     weights: Weights,
     statistics: StatisticsSource | None,
     target: str,
+    objective: str = "size",
 ) -> Plan:
     """A plan that a user may have edited, held against the model: cost and error are those of what it now asks for.
 
@@ -407,6 +408,11 @@ def check_plan(
         if decision.rank is not None and not 1 <= decision.rank <= min(site.K, site.N):
             raise UsageError(
                 f"the plan's rank {decision.rank} at {decision.group!r} is not between 1 and {min(site.K, site.N)}"
+            )
+        if decision.folds and objective != "disk":
+            raise UsageError(
+                f"the plan's {decision.method} at {decision.group!r} is multiplied out when the file is loaded and saves the file only: "
+                "give --objective disk"
             )
         for name in decision.sites:
             if name in taken:

@@ -20,6 +20,7 @@ from lrcompile.graph import (
     Builder,
     Names,
     dims,
+    drop,
     mark_constants,
     nodes,
     opset_of,
@@ -296,7 +297,7 @@ def _call(
     ir.convenience.replace_nodes_and_values(node.graph, node, [node], [call], [old], [result])
     for operand in operands:
         if operand is not None and operand not in arguments:
-            _drop(model, operand)
+            drop(model, operand)
 
 
 def _steps(op: Builder, value: ir.Value, steps: Sequence[Step]) -> ir.Value:
@@ -306,28 +307,6 @@ def _steps(op: Builder, value: ir.Value, steps: Sequence[Step]) -> ir.Value:
         else:
             value = op("Reshape", value, op.constant(np.asarray(argument, np.int64)))
     return value
-
-
-def _drop(model: ir.Model, value: ir.Value) -> None:
-    """Remove what made a constant that nobody reads any more."""
-    pending = [value]
-    while pending:
-        at = pending.pop()
-        if at.uses() or at.is_graph_output():
-            continue
-        node = at.producer()
-        if node is not None:
-            if node.graph is None or any(v.uses() or v.is_graph_output() for v in node.outputs):
-                continue
-            pending.extend(v for v in node.inputs if v is not None)
-            node.graph.remove(node, safe=True)
-        elif at.is_initializer() and at.graph is not None and at.name is not None:
-            graph = at.graph
-            if at.is_graph_input():
-                if (model.ir_version or 0) >= 4:
-                    continue
-                graph.inputs.remove(at)
-            del graph.initializers[at.name]
 
 
 def _edit_bias(
@@ -346,7 +325,7 @@ def _edit_bias(
     array = bias_in_place(site, corrected).astype(old.dtype.numpy())
     value = _initializer(model, names.value(f"{site.name}/bias"), old.dtype, array.shape, lambda: array)
     node.replace_input_with(site.bias.index, value)
-    _drop(model, old)
+    drop(model, old)
 
 
 def _follow(
@@ -394,7 +373,7 @@ def _follow(
             model, names.value(f"{group.name}/follower"), dtype, array.shape, partial(_same, array)
         )
         node.replace_input_with(follower.index, value)
-        _drop(model, old)
+        drop(model, old)
 
 
 def _gather(
@@ -457,4 +436,4 @@ def _replace_weight(
         node.graph.insert_before(node, cast)
         value = cast.outputs[0]
     node.replace_input_with(site.operand, value)
-    _drop(model, old)
+    drop(model, old)

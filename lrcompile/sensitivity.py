@@ -151,15 +151,25 @@ def _is_tried(group: Group) -> bool:
 def _forms(curve: Curve) -> list[Candidate]:
     """At most two forms of a group, by the share of its parameters; of those that cost the same the more accurate."""
     chosen: list[Candidate] = []
+    front = _front(curve)  # what a plan could choose
     for share in _SHARES:
         best = min(
-            curve.candidates,
+            front,
             key=lambda c: (abs(c.cost.parameters / curve.group.elements - share), c.error),
             default=None,
         )
         if best is not None and best not in chosen:
             chosen.append(best)
     return chosen
+
+
+def _front(curve: Curve) -> list[Candidate]:
+    """The candidates of which none that costs no more is more accurate."""
+    found: list[Candidate] = []
+    for form in sorted(curve.candidates, key=lambda c: (c.cost.parameters, c.error)):
+        if not found or form.error < found[-1].error:
+            found.append(form)
+    return found
 
 
 def _few(feeds: Feeds, trials: int) -> list[Feed]:

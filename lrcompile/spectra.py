@@ -42,7 +42,7 @@ def spectrum(group: Group, weights: Weights, statistics: StatisticsSource | None
     W = matrix(group, weights)
     known = _known(group, statistics)
     centred = centres(group, statistics)
-    reacts = _reactions(group, statistics, centred)
+    reacts = reactions(group, statistics, centred)
     if reacts is not None:
         C, R = reacts
         right, rows, energy = _two_sided(W, C, R)
@@ -53,7 +53,7 @@ def spectrum(group: Group, weights: Weights, statistics: StatisticsSource | None
             "errors": _errors(W, right, rows, known.centred if centred else known.second, known.second),
             "movements": _tails(energy),
         }
-    moment = known.centred if centred and known is not None else _left_moment(group, statistics)
+    moment = known.centred if centred and known is not None else left_moment(group, statistics)
     tied = _right_root(group, statistics)
     found = _decompose(W if tied is None else W @ tied[0], moment)
     V, energy = found["basis"], found["energy"]
@@ -91,7 +91,7 @@ def _tails(energy: Array) -> Array:
     return tails
 
 
-def _reactions(
+def reactions(
     group: Group, statistics: StatisticsSource | None, centred: bool
 ) -> tuple[Array, list[Array]] | None:
     """The weighing of the input (K, K), and of each site's output (N_i, N_i); None unless all of them are known."""
@@ -173,7 +173,7 @@ def _decompose(W: Array, C: Array | None) -> Factors:
     return {"basis": _fix_signs(V), "energy": energy}
 
 
-def _left_moment(group: Group, statistics: StatisticsSource | None) -> Array | None:
+def left_moment(group: Group, statistics: StatisticsSource | None) -> Array | None:
     """Weight of the input side: (K, K) for linear readers, (K,) for lookups, None without data.
 
     Several readers of one weight add up, each by the share of rows that it sees.

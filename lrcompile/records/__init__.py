@@ -22,7 +22,7 @@ from lrcompile.records.evidence import (
     Tradeoff,
     TradeoffPoint,
 )
-from lrcompile.records.plans import Amount, Budget, Candidate, Cost, Decision, Limit, Plan
+from lrcompile.records.plans import FOLD, Amount, Budget, Candidate, Cost, Decision, Limit, Plan
 from lrcompile.records.sites import (
     Bias,
     Finding,
@@ -40,6 +40,7 @@ from lrcompile.records.sites import (
 from lrcompile.records.statistics import InputStatistics, Reaction
 
 __all__ = [
+    "FOLD",
     "STORED",
     "Amount",
     "Bias",

@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+# The entry of a structure that says so; see `Candidate.folds`.
+FOLD = ("fold", 1)
+
 
 @dataclass(frozen=True, slots=True)
 class Cost:
@@ -39,6 +42,11 @@ class Candidate:
     index_bytes: int = 0
     permutes: Literal["in", "out"] | None = None
 
+    @property
+    def folds(self) -> bool:
+        """Whether the factors are multiplied out to the weight when the file is loaded: then they save the file only."""
+        return FOLD in self.structure
+
 
 @dataclass(frozen=True, slots=True)
 class Decision:
@@ -61,6 +69,10 @@ class Decision:
     structure: tuple[tuple[str, int | str], ...] = ()
     permutes: Literal["in", "out"] | None = None
     movement: float | None = None
+
+    @property
+    def folds(self) -> bool:
+        return FOLD in self.structure
 
     @property
     def rewrites(self) -> bool:
