@@ -34,6 +34,7 @@ from lrcompile.records.sites import (
     Source,
     Step,
     Width,
+    Window,
     Wiring,
 )
 from lrcompile.records.statistics import InputStatistics, Reaction
@@ -70,5 +71,6 @@ __all__ = [
     "Tradeoff",
     "TradeoffPoint",
     "Width",
+    "Window",
     "Wiring",
 ]
