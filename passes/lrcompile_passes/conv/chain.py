@@ -113,10 +113,7 @@ def composed(kernels: Sequence[Array], stages: Sequence[Stage], groups: int) -> 
         apart = np.moveaxis(
             kernel.reshape(groups, -1, *kernel.shape[1:]), (1, 2), (-2, -1)
         )  # (groups, *window, out, in)
-        if whole is None:
-            whole = apart
-        else:
-            whole = apart * whole if stage.depthwise else apart @ whole
+        whole = apart if whole is None else apart * whole if stage.depthwise else apart @ whole
     assert whole is not None
     made = np.moveaxis(whole, (-2, -1), (1, 2))
     return made.reshape(-1, *made.shape[2 : 3 + rank])

@@ -43,16 +43,17 @@ class Cp(Chain):
         super().__init__("cp")
 
     def stages(self, window: Window, names: Sequence[str]) -> tuple[Stage, ...]:
+        wide = [i for i, k in enumerate(window.kernel) if k > 1]
+        flat = frozenset(range(window.rank)) - set(wide)  # strides and padding there, too, are somebody's
         along = [
-            Stage(f"axis{i}", frozenset({i}), depthwise=True) for i, k in enumerate(window.kernel) if k > 1
+            Stage(f"axis{i}", frozenset({i}) | (flat if i == wide[0] else set()), depthwise=True)
+            for i in wide
         ]
         return Stage("in", frozenset()), *along, Stage("out", frozenset())
 
     def refuses(self, window: Window, channels: int) -> Refusal | None:
         if sum(k > 1 for k in window.kernel) < 2:
             return Refusal("the window has no two axes to be taken apart")
-        if any(k == 1 and s > 1 for k, s in zip(window.kernel, window.strides, strict=True)):
-            return Refusal("the window strides along an axis on which it is a point")
         return super().refuses(window, channels)
 
     def candidates(
@@ -62,7 +63,7 @@ class Cp(Chain):
             return
         site = group.sites[0]
         problem = problem_of(group, weights, statistics)
-        one = site.window.group * (
+        one = len(problem.parts) * (
             problem.channels + sum(k for k in problem.window.kernel if k > 1) + problem.outputs
         )
         ranks = options.ranks or sorted({max(1, round(share * site.elements / one)) for share in _SHARES})
@@ -146,8 +147,10 @@ def _fitted(problem: Problem, part: Part, rank: int, seed: tuple[int, int]) -> l
     S = mean_block(part, Split(problem.shape, (0,)))
     T = part.reacting(np.tensordot(S.T, part.W.reshape(problem.channels, -1), 1).reshape(-1, problem.outputs))
     tensor = T.reshape(problem.channels, *(k for k in problem.window.kernel if k > 1), problem.outputs)
-    trials = [als(tensor, start(tensor, rank, (*seed, i), spectral=i == 0), _TRIAL) for i in range(_STARTS)]
-    modes, _ = als(tensor, min(trials, key=lambda found: found[1])[0], _SWEEPS)
+    trials = [
+        alternated(tensor, start(tensor, rank, (*seed, i), spectral=i == 0), _TRIAL) for i in range(_STARTS)
+    ]
+    modes, _ = alternated(tensor, min(trials, key=lambda found: found[1])[0], _SWEEPS)
     modes[0] = scipy.linalg.solve_triangular(S, modes[0], lower=True, trans="T")
     if part.R is not None:
         modes[-1] = scipy.linalg.solve_triangular(part.R, modes[-1], lower=True, trans="T")
@@ -168,7 +171,7 @@ def start(tensor: Array, rank: int, seed: tuple[int, ...], *, spectral: bool) ->
     return modes
 
 
-def als(tensor: Array, modes: Sequence[Array], sweeps: int) -> tuple[list[Array], float]:
+def alternated(tensor: Array, modes: Sequence[Array], sweeps: int) -> tuple[list[Array], float]:
     """The modes after so many rounds of least squares, and |T - That|^2 + t |d|^2. All but the last have unit columns."""
     modes = list(modes)
     K, n = tensor.size // tensor.shape[-1], tensor.shape[-1]

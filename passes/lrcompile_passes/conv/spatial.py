@@ -10,6 +10,7 @@ Source: Jaderberg et al. 2014. Refuses windows that are a point along all axes b
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -54,9 +55,8 @@ class Spatial(Chain):
         kernel = problem.window.kernel
         wide = [axis for axis, k in enumerate(kernel) if k > 1]
         for first in (wide[0], wide[-1]):
-            found = weights.remember(
-                ("conv-spatial-1", str(first), *problem.key), lambda a=first: _errors(problem, a)
-            )  # type: ignore[misc]
+            key = ("conv-spatial-1", str(first), *problem.key)
+            found = weights.remember(key, partial(_errors, problem, first))
             full = min(
                 problem.channels * kernel[first], problem.outputs * (problem.window.size // kernel[first])
             )
