@@ -35,7 +35,9 @@ from lrcompile.sites import find
 from lrcompile.store import Cache
 from lrcompile.weights import ModelWeights
 
-METHODS = sorted(n for n, m in registry.factorizations().items() if "conv" in getattr(m, "kinds", ()) and n != "dense")
+METHODS = sorted(
+    n for n, m in registry.factorizations().items() if "conv" in getattr(m, "kinds", ()) and n != "dense"
+)
 NUMPY = {"float": np.float32, "float16": np.float16, "double": np.float64}
 # Of the largest output: sums of up to a hundred products, in ONNX Runtime's own order.
 CLOSE = {"float": 2e-5, "float16": 2e-2, "double": 1e-12}
@@ -77,7 +79,9 @@ def model_of(case: Case, seed: int = 0, kernel: Array | None = None) -> ir.Model
     rng = np.random.default_rng(seed)
     n, dtype = case.outputs * case.group, NUMPY[case.dtype]
     if kernel is None:
-        kernel = rng.standard_normal((n, case.channels, *case.kernel)) * np.geomspace(1, 0.1, n).reshape(-1, 1, *[1] * len(case.kernel))
+        kernel = rng.standard_normal((n, case.channels, *case.kernel)) * np.geomspace(1, 0.1, n).reshape(
+            -1, 1, *[1] * len(case.kernel)
+        )
     w = ir.val("w", const_value=ir.tensor(kernel.astype(dtype), name="w"))
     b = ir.val("b", const_value=ir.tensor(rng.standard_normal(n).astype(dtype), name="b"))
     kind = ir.DataType[case.dtype.upper()]
@@ -105,7 +109,9 @@ class Statistics:
 def statistics_of(site: Site, case: Case, seed: int) -> Statistics:
     """Moments of the rows that the windows of seeded pictures are, by brute force; of every other seed reactions too."""
     assert site.window is not None
-    rows = np.concatenate([r.astype(np.float64) for r in rows_of_windows(case.picture(seed + 5, 12), site.window)])
+    rows = np.concatenate(
+        [r.astype(np.float64) for r in rows_of_windows(case.picture(seed + 5, 12), site.window)]
+    )
     second = np.stack([part.T @ part / len(rows) for part in rows.transpose(1, 0, 2)])
     second += 1e-3 * np.trace(second, axis1=1, axis2=2)[:, None, None] / site.K * np.eye(site.K)
     mean, reaction = rows.mean(axis=0), None
@@ -193,7 +199,9 @@ def test_claims_and_emission(cache: Cache, name: str, case: Case, seed: int) -> 
         assert {n: a.shape for n, a in arrays.items()} == dict(method.shapes(group, candidate))
         assert ("bias.0" in factors.load()) == case.bias
         changed = method.reconstruct(group, factors.load())
-        assert group_loss(group, weights, statistics, changed) == pytest.approx(factors.measured, rel=1e-9, abs=1e-12)
+        assert group_loss(group, weights, statistics, changed) == pytest.approx(
+            factors.measured, rel=1e-9, abs=1e-12
+        )
         if candidate.bound:
             assert factors.measured <= candidate.error + 1e-6
         else:  # an estimate, but of a fit that is the same
@@ -222,7 +230,9 @@ def test_rows_of_windows_are_what_a_kernel_meets(case: Case, seed: int) -> None:
     bias = model.graph.initializers["b"].const_value.numpy() if case.bias else 0.0  # type: ignore[union-attr]
     for picture, rows in zip(expected, rows_of_windows(x, site.window), strict=True):
         made = np.concatenate([rows[:, i] @ w for i, w in enumerate(W)], axis=1) + bias
-        np.testing.assert_allclose(made, picture.reshape(len(picture), -1).T, atol=CLOSE["float"] * np.abs(expected).max(), rtol=0)
+        np.testing.assert_allclose(
+            made, picture.reshape(len(picture), -1).T, atol=CLOSE["float"] * np.abs(expected).max(), rtol=0
+        )
 
 
 @pytest.mark.parametrize("name", [n for n in METHODS if registry.factorization(n).exact_at_full_rank])
@@ -236,7 +246,9 @@ def test_full_rank_is_exact(cache: Cache, name: str, case: Case, seed: int) -> N
     (candidate,) = method.candidates(group, weights, None, CandidateOptions(full=True))
     changed = method.reconstruct(group, method.factorize(group, weights, None, candidate, 0))
     W = weights.matrix(group.sites[0])
-    np.testing.assert_allclose(changed[group.sites[0].name, "weight"], W, atol=1e-12 * np.abs(W).max(), rtol=0)
+    np.testing.assert_allclose(
+        changed[group.sites[0].name, "weight"], W, atol=1e-12 * np.abs(W).max(), rtol=0
+    )
 
 
 def test_some_method_serves_rank_full() -> None:
@@ -298,9 +310,13 @@ def _macs(model: ir.Model, x: Array) -> int:
 def test_flops_are_those_of_the_graph(cache: Cache, name: str, strides: tuple[int, int], group: int) -> None:
     """Where strides divide the picture: elsewhere a stage before a stride sees a part of a step more or less."""
     case = Case((3, 3), 4, 6, group, strides, auto_pad="SAME_UPPER", size=8)
-    for model, found, weights, statistics, candidate in some(candidates(registry.factorization(name), case, cache)):
+    for model, found, weights, statistics, candidate in some(
+        candidates(registry.factorization(name), case, cache)
+    ):
         plan = Plan("reference", (decision(found, candidate),))
-        (factors,) = factorize(plan, {found.name: found}, weights, statistics, {name: registry.factorization(name)}, 0)
+        (factors,) = factorize(
+            plan, {found.name: found}, weights, statistics, {name: registry.factorization(name)}, 0
+        )
         x = case.picture(0)
         rows = rows_of(model, Finding(found.sites, (found,)), {"x": x})[found.sites[0].name]
         assert 2 * _macs(lower(rewrite(model, (factors,)), ()), x) == rows * candidate.cost.flops
@@ -315,9 +331,14 @@ def test_other_types(cache: Cache, name: str, dtype: str) -> None:
     for model, group, weights, statistics, candidate in some(candidates(method, case, cache)):
         plan = Plan("reference", (replace(decision(group, candidate), bound=False),))
         (factors,) = factorize(plan, {group.name: group}, weights, statistics, {name: method}, 0)
-        assert {a.dtype for n, a in factors.load().items() if not n.startswith("bias")} == {np.dtype(NUMPY[dtype])}
+        assert {a.dtype for n, a in factors.load().items() if not n.startswith("bias")} == {
+            np.dtype(NUMPY[dtype])
+        }
         feeds = {"x": case.picture(0)}
-        oracle, ours = run(reconstructed(model, (factors,)), feeds), run(lower(rewrite(model, (factors,)), ()), feeds)
+        oracle, ours = (
+            run(reconstructed(model, (factors,)), feeds),
+            run(lower(rewrite(model, (factors,)), ()), feeds),
+        )
         for runtime in oracle:
             size = float(np.abs(oracle[runtime].astype(np.float64)).max())
             np.testing.assert_allclose(ours[runtime], oracle[runtime], atol=CLOSE[dtype] * size, rtol=0)
@@ -366,11 +387,19 @@ def test_a_corrupted_factor_shows(cache: Cache) -> None:
     method = registry.factorization("conv-spatial")
     model, group, weights, statistics, candidate = next(candidates(method, Case((3, 3), 6, 8), cache))
     (factors,) = factorize(
-        Plan("reference", (decision(group, candidate),)), {group.name: group}, weights, statistics, {method.name: method}, 0
+        Plan("reference", (decision(group, candidate),)),
+        {group.name: group},
+        weights,
+        statistics,
+        {method.name: method},
+        0,
     )
     arrays = dict(factors.load())
     arrays["rest"] = arrays["rest"] * np.float32(1.01)
     broken = replace(factors, load=lambda: arrays)
     feeds = {"x": Case((3, 3), 6, 8).picture(0)}
-    right, wrong = run(reconstructed(model, (factors,)), feeds), run(lower(rewrite(model, (broken,)), ()), feeds)
+    right, wrong = (
+        run(reconstructed(model, (factors,)), feeds),
+        run(lower(rewrite(model, (broken,)), ()), feeds),
+    )
     assert np.abs(right["ort"] - wrong["ort"]).max() > 1e-3 * np.abs(right["ort"]).max()

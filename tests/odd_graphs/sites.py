@@ -126,7 +126,9 @@ def conv(b: Builder, name: str, transpose: bool = False) -> None:
     w = weight(b, ((cin, cout // groups) if transpose else (cout, cin // groups)) + (k,) * spatial)
     inputs = [x.name, w.value, *([b.constant(b.normal((cout,)), "B")] if b.choices.chance(50) else [])]
     op = "ConvTranspose" if transpose else "Conv"
-    y = b.use(op, inputs, w, reason="transposed" if transpose else "", group=groups, kernel_shape=[k] * spatial)
+    y = b.use(
+        op, inputs, w, reason="transposed" if transpose else "", group=groups, kernel_shape=[k] * spatial
+    )
     side = 5 + k - 1 if transpose else 5 - k + 1
     b.leave(y, (2, cout, *[side] * spatial))
 
