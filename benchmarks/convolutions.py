@@ -39,8 +39,7 @@ FAMILIES = {
     "conv-spatial": ("conv-spatial",),
     "tucker2": ("tucker2",),
     "cp": ("cp",),
-    "`auto`: the first three": ("auto",),
-    "`auto,cp`": ("auto", "cp"),
+    "auto": ("auto",),
 }
 FEATURES = "features"
 
@@ -105,10 +104,10 @@ def table(rows: Sequence[Row]) -> str:
         "| families | kept | FLOPs | features, relative L2 | cosine | probabilities, relative L2 | original / compiled time | weights rewritten |",
         "|---|---:|---:|---:|---:|---:|---:|---|",
     ]
-    for r in rows:
-        lines.append(
-            f"| {r.name} | {r.kept:.3f} | {r.flops:.2f} | {r.features:.4f} | {r.cosine:.4f} | {r.probabilities:.2e} | {r.ratio} | {r.used} |"
-        )
+    lines += [
+        f"| {r.name} | {r.kept:.3f} | {r.flops:.2f} | {r.features:.4f} | {r.cosine:.4f} | {r.probabilities:.2e} | {r.ratio} | {r.used} |"
+        for r in rows
+    ]
     return "\n".join(lines)
 
 
@@ -126,12 +125,13 @@ class White:
 
 
 def kernels(path: Path, cache: Path) -> Iterator[tuple[Group, ModelWeights]]:
+    """The last 3x3 kernel of each width."""
     source = load(path)
     weights = ModelWeights(Cache(cache), source.opset)
-    for group in find(source.model).units:
-        window = group.sites[0].window
-        if window is not None and window.kernel == (3, 3):
-            yield group, weights
+    threes = {
+        g.sites[0].weight_shape: g for g in find(source.model).units if g.sites[0].weight_shape[2:] == (3, 3)
+    }
+    yield from ((group, weights) for group in threes.values())
 
 
 def errors_of(group: Group, weights: ModelWeights, share: float) -> dict[str, float]:
@@ -140,7 +140,8 @@ def errors_of(group: Group, weights: ModelWeights, share: float) -> dict[str, fl
     limit = share * site.elements
     found = {}
     for name in ("conv-channel", "conv-spatial", "tucker2", "cp"):
-        forms = factorization(name).candidates(group, weights, White(), CandidateOptions())
+        ranks = (int(limit // sum(site.weight_shape)),) if name == "cp" else None  # each is a fit
+        forms = factorization(name).candidates(group, weights, White(), CandidateOptions(ranks=ranks))
         found[name] = min((c.error for c in forms if c.cost.parameters <= limit), default=1.0)
     K = weights.matrix(site).T.reshape(site.weight_shape)
     found["train c, k, k, n"] = train_of_axes(K, limit)
@@ -226,6 +227,7 @@ def main() -> None:
     parser.add_argument(
         "--images", type=int, default=64, help="crops for calibration; half as many are held out"
     )
+    parser.add_argument("--families", default=",".join(FAMILIES), help="some of %(default)s")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each race")
     parser.add_argument("--models", type=Path, default=ROOT / "build" / "models", metavar="DIR")
     parser.add_argument("--wheels", type=Path, default=ROOT / "build" / "cache", metavar="DIR")
@@ -246,9 +248,9 @@ def main() -> None:
     with_features(folder / "model.onnx", folder / "features.onnx")
     rows = []
     with lrcompile.Child() as child:
-        for name, methods in FAMILIES.items():
+        for name in options.families.split(","):
             start = time.monotonic()
-            rows.append(family(name, methods, folder, options, child))
+            rows.append(family(name, FAMILIES[name], folder, options, child))
             print(f"{rows[-1]} in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
     load_now = f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
     tables = {

@@ -35,7 +35,9 @@ def child() -> Iterator[lrcompile.Child]:
 
 def network(group: int = 1) -> ir.Model:
     """Two Conv, the second's kernel of Tucker ranks 4 and 4 and a little noise, a pool and a classifier."""
-    core = np.einsum("nr,rqij,cq->ncij", normal(24, 4, seed=1), normal(4, 4, 3, 3, seed=2), normal(16 // group, 4, seed=3))
+    core = np.einsum(
+        "nr,rqij,cq->ncij", normal(24, 4, seed=1), normal(4, 4, 3, 3, seed=2), normal(16 // group, 4, seed=3)
+    )
     kernel = (core / 20 + 0.01 * normal(24, 16 // group, 3, 3, seed=4)).astype(np.float32)
     nodes = [
         node("Conv", ["x", "w", "b"], ["p"], name="first", strides=[2, 2], pads=[1, 1, 1, 1]),
@@ -110,7 +112,9 @@ def test_rows_are_positions_of_the_output() -> None:
 
 
 def outputs(made: ir.Model) -> Array:
-    session = onnxruntime.InferenceSession(ir.to_proto(made).SerializeToString(), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        ir.to_proto(made).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
     return np.concatenate([session.run(None, feed)[0].astype(np.float64) for feed in pictures(8)])
 
 
@@ -159,18 +163,34 @@ def test_a_network_is_compiled_within_a_budget(tmp_path: Path, child: lrcompile.
     ((_, moved),) = result.evidence.outputs
     assert moved.relative_l2 < 0.1
     made = load(tmp_path / "out" / "model.onnx").model
-    assert {n.op_type for n in made.graph} <= {"Conv", "Relu", "GlobalAveragePool", "Flatten", "Gemm", "MatMul", "Add", "Concat", "Gather"}
+    assert {n.op_type for n in made.graph} <= {
+        "Conv",
+        "Relu",
+        "GlobalAveragePool",
+        "Flatten",
+        "Gemm",
+        "MatMul",
+        "Add",
+        "Concat",
+        "Gather",
+    }
     # the plan can be given back, read from JSON
-    again = lrcompile.Options(plan=Plan.from_json(result.plan.to_json()), data=pictures(12), cache=tmp_path / "cache")
+    again = lrcompile.Options(
+        plan=Plan.from_json(result.plan.to_json()), data=pictures(12), cache=tmp_path / "cache"
+    )
     repeated = lrcompile.compile(path, tmp_path / "again", again, child=child)
-    assert [(d.method, d.rank, d.structure) for d in repeated.plan] == [(d.method, d.rank, d.structure) for d in result.plan]
+    assert [(d.method, d.rank, d.structure) for d in repeated.plan] == [
+        (d.method, d.rank, d.structure) for d in result.plan
+    ]
 
 
 def test_one_ratio_for_all_without_predictions(tmp_path: Path, child: lrcompile.Child) -> None:
     """CP needs no data; without any, a budget is met by one common ratio."""
     path = tmp_path / "m.onnx"
     onnx.save(ir.to_proto(network()), path)
-    options = lrcompile.Options(methods=("cp",), budget=Budget(keep=0.6), include="first|second", cache=tmp_path / "cache")
+    options = lrcompile.Options(
+        methods=("cp",), budget=Budget(keep=0.6), include="first|second", cache=tmp_path / "cache"
+    )
     result = lrcompile.compile(path, tmp_path / "out", options, child=child)
     assert result.evidence.verdict == "passed" and result.plan.kept <= 0.6
     assert {d.method for d in result.plan.rewritten} == {"cp"}
@@ -180,7 +200,9 @@ def test_one_ratio_for_all_without_predictions(tmp_path: Path, child: lrcompile.
 def test_a_plan_asks_a_conv_for_what_is_there(tmp_path: Path, child: lrcompile.Child) -> None:
     path = tmp_path / "m.onnx"
     onnx.save(ir.to_proto(network()), path)
-    options = lrcompile.Options(budget=Budget(rank=2), methods=("conv-channel",), data=pictures(8), cache=tmp_path / "cache")
+    options = lrcompile.Options(
+        budget=Budget(rank=2), methods=("conv-channel",), data=pictures(8), cache=tmp_path / "cache"
+    )
     result = lrcompile.compile(path, tmp_path / "out", options, child=child)
     document = result.plan.to_json()
     for decision in document["decisions"]:
@@ -200,7 +222,9 @@ def test_cp_of_a_tensor_without_a_best_one_stays_bounded(seed: int) -> None:
     modes, value = alternated(T, start(T, 2, (seed,), spectral=False), 5000)
     assert np.isfinite(value)
     size = float(np.vdot(T, T))
-    assert np.vdot(modes[-1], modes[-1]) <= size / (0.5 * _RIDGE)  # t is relative to the components' norms, which are at most one
+    assert np.vdot(modes[-1], modes[-1]) <= size / (
+        0.5 * _RIDGE
+    )  # t is relative to the components' norms, which are at most one
     assert all(np.linalg.norm(m, axis=0) <= 1 + 1e-9 for mode in modes[:-1] for m in mode.T)
     made = np.einsum("ir,jr,kr->ijk", *modes)
     assert np.linalg.norm(T - made) < 0.7 * np.sqrt(size)  # and it still approximates

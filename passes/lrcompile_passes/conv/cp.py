@@ -10,7 +10,8 @@ Phan et al. 2020). Here they cannot: a, b1, b2 .. have unit columns and d is rid
 keeps |d|^2 <= |T|^2 / t. Several starts, the first from the leading singular vectors; the best goes on. The four parts get equal
 column norms, for 16-bit storage.
 
-By name only: at equal parameters every other form was nearer on trained kernels (docs/conv.md), and each rank is a fit of its own.
+Each rank is a fit of its own, so only a few are looked at. On trained kernels it is the nearest form at equal parameters (docs/conv.md).
+Needs no data: without it, it is the kernel itself that is approximated.
 Source: Lebedev et al. 2015. Refuses windows of one axis or a point, and depthwise Conv.
 """
 
@@ -26,7 +27,7 @@ from lrcompile.records import Candidate, Group, Refusal, Window
 from lrcompile_passes.conv.chain import Chain, Stage, points
 from lrcompile_passes.conv.problem import Part, Problem, Split, basis, bias_of, mean_block, problem_of
 
-_SHARES = (0.2, 0.35, 0.5, 0.65, 0.8, 0.95)  # of the kernel's parameters: a fit each
+_SHARES = (0.25, 0.4, 0.6, 0.8)  # of the kernel's parameters: a fit each
 _STARTS = 2
 _TRIAL, _SWEEPS = 5, 30
 _RIDGE = 1e-4  # t, relative to the mean squared norm of the components that d weighs
@@ -37,7 +38,6 @@ class Cp(Chain):
     """`cp`."""
 
     needs_data = False
-    only_by_name = True
 
     def __init__(self) -> None:
         super().__init__("cp")
