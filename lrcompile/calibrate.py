@@ -3,6 +3,7 @@
 The original graph is cut down to the values that sites read ("taps"), run feed by feed in the child process, and the moments
 grow there in float64, in files: memory does not grow with the data, nor with the number of sites.
 Rows under an attention mask's zeros are left out where the mask covers the rows. A value that several sites read is tapped once.
+Of a Conv the rows are what its window sees (`patches`), each group of channels by itself.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ import onnx_ir as ir
 from lrcompile.cost import is_large
 from lrcompile.feeds import mask_over, masks_of
 from lrcompile.interfaces import Array, BuildOptions, Engine
+from lrcompile.patches import rows_of_windows
 from lrcompile.progress import Progress, silent
-from lrcompile.records import Finding, InputStatistics, Site, Step
+from lrcompile.records import Finding, InputStatistics, Site, Step, Window
 from lrcompile.store import new_folder, open_array, save_model
 
 if TYPE_CHECKING:
@@ -34,16 +36,22 @@ logger = logging.getLogger(__name__)
 
 _BLOCK = 4096  # rows turned to float64 at a time
 _MOST_UNSEEN = 0.5  # of lookups that are expected to ask for rows that calibration never did
+_WIDEST = 7168  # what a window may see: its second moment takes 400 MB
 
 
 @dataclass(frozen=True, slots=True)
 class Tap:
-    """A value to watch. size: K for moments, V for ids. before: steps that bring the contracted axis last."""
+    """A value to watch. size: K for moments, V for ids. before: steps that bring the contracted axis last. window: of a Conv."""
 
     value: str
     lookup: bool
     size: int
     before: tuple[Step, ...]
+    window: Window | None = None
+
+    @property
+    def order(self) -> tuple[object, ...]:
+        return self.value, self.size, self.before, repr(self.window)
 
 
 class StoredStatistics:
@@ -84,13 +92,9 @@ def calibrate(
 
     source_key: hash of model and weights. target: the runtime target that runs the original.
     """
-    taps = {
-        s.name: tap_of(s)
-        for s in finding.sites
-        if s.refusal is None and s.path == "" and s.kind in ("linear", "lookup")
-    }
-    prefix = hashlib.sha256(repr((source_key, feeds.key, target, "moments-3")).encode()).hexdigest()
-    distinct = sorted(set(taps.values()), key=lambda t: (t.value, t.size, t.before))
+    taps = {s.name: tap_of(s) for s in finding.sites if s.refusal is None and s.path == "" and _is_watched(s)}
+    prefix = hashlib.sha256(repr((source_key, feeds.key, target, "moments-4")).encode()).hexdigest()
+    distinct = sorted(set(taps.values()), key=lambda t: t.order)
     keys = {tap: hashlib.sha256(repr((prefix, tap)).encode()).hexdigest() for tap in distinct}
     missing = [t for t in distinct if not cache.has(("moments", keys[t]))]
     if missing:
@@ -122,6 +126,9 @@ def accumulate(engine: Engine | None, feed: Mapping[str, Array], taps: Sequence[
     masks = masks_of(feed)
     for index, tap in enumerate(taps):
         arrays = _arrays(Path(folder), index, tap)
+        if tap.window is not None:
+            _add_windows(arrays, seen[tap.value], tap.window)
+            continue
         rows = rows_of(seen[tap.value], tap, masks)
         if tap.lookup:
             ids = rows.astype(np.int64)
@@ -132,6 +139,16 @@ def accumulate(engine: Engine | None, feed: Mapping[str, Array], taps: Sequence[
         for block in blocks_of(rows):
             block = block[np.isfinite(block).all(axis=1)]
             arrays["second"] += block.T @ block
+            arrays["mean"] += block.sum(axis=0)
+            arrays["count"] += len(block)
+
+
+def _add_windows(arrays: Mapping[str, Array], pictures: Array, window: Window) -> None:
+    """second (g, K, K), mean (g, K)."""
+    for rows in rows_of_windows(pictures, window):
+        for block in blocks_of(rows[np.isfinite(rows).all(axis=(1, 2))]):
+            groups = block.transpose(1, 0, 2)
+            arrays["second"] += groups.transpose(0, 2, 1) @ groups
             arrays["mean"] += block.sum(axis=0)
             arrays["count"] += len(block)
 
@@ -161,7 +178,14 @@ def _reshape(array: Array, shape: tuple[int, ...]) -> Array:
 def tap_of(site: Site) -> Tap:
     """What is watched for a site."""
     assert site.wiring is not None
-    return Tap(site.data.name or "", site.kind == "lookup", site.K, site.wiring.before)
+    return Tap(site.data.name or "", site.kind == "lookup", site.K, site.wiring.before, site.window)
+
+
+def _is_watched(site: Site) -> bool:
+    if site.kind == "conv" and site.K > _WIDEST:
+        logger.warning("%s: its window of %d numbers is too wide for a second moment", site.name, site.K)
+        return False
+    return site.kind in ("linear", "lookup", "conv")
 
 
 def _cut_to(model: ir.Model, values: set[str]) -> ir.Model:
@@ -177,8 +201,11 @@ def _cut_to(model: ir.Model, values: set[str]) -> ir.Model:
 def _arrays(folder: Path, index: int, tap: Tap) -> dict[str, Array]:
     """The running sums of one tap, mapped from their files."""
     shapes: dict[str, tuple[int, ...]] = {"count": (1,)}
+    lead = (tap.window.group,) if tap.window is not None else ()
     shapes |= (
-        {"frequencies": (tap.size,)} if tap.lookup else {"second": (tap.size, tap.size), "mean": (tap.size,)}
+        {"frequencies": (tap.size,)}
+        if tap.lookup
+        else {"second": (*lead, tap.size, tap.size), "mean": (*lead, tap.size)}
     )
     return {name: open_array(folder / f"{index}.{name}", shape) for name, shape in shapes.items()}
 
@@ -193,12 +220,14 @@ def _statistics(sums: Mapping[str, Array], tap: Tap) -> InputStatistics:
         return InputStatistics(
             count, frequencies=(1 - shrinkage) * share + shrinkage / tap.size, shrinkage=shrinkage
         )
-    return InputStatistics(
-        count,
-        shrunk(sums["second"] / max(count, 1), count),
-        sums["mean"] / max(count, 1),
-        shrinkage=shrinkage_of(count, tap.size),
-    )
+    second, mean = sums["second"] / max(count, 1), sums["mean"] / max(count, 1)
+    if tap.window is None:
+        second = shrunk(second, count)
+    elif tap.window.group == 1:
+        second, mean = shrunk(second[0], count), mean[0]
+    else:
+        second = np.stack([shrunk(part, count) for part in second])
+    return InputStatistics(count, second, mean, shrinkage=shrinkage_of(count, tap.size))
 
 
 def shrinkage_of(count: int, size: int) -> float:

@@ -122,7 +122,7 @@ def budget(
         Option(
             metavar="F",
             help="Parameters of all eligible weights, after over before: at most F. Each weight is counted once, those left dense "
-            "too; eligible are the constant weights of MatMul and Gemm, not tables nor heads tied to one (--include and --exclude "
+            "too; eligible are the constant weights of MatMul, Gemm and Conv, not tables nor heads tied to one (--include and --exclude "
             "change that).",
         ),
     ] = None,

@@ -37,8 +37,8 @@ def _distinct(model: ir.Model) -> Sequence[ir.TensorProtocol]:
 
 
 def dense_flops(site: Site) -> int:
-    """2 MACs a row of input; a lookup multiplies nothing."""
-    return 2 * site.K * site.N if site.kind == "linear" else 0
+    """2 MACs a row of input, of a Conv a position of the output; a lookup multiplies nothing."""
+    return 2 * site.K * site.N if site.kind in ("linear", "conv") else 0
 
 
 def stored_bytes(group: Group) -> int:
@@ -48,12 +48,13 @@ def stored_bytes(group: Group) -> int:
 
 
 def rows_of(model: ir.Model, finding: Finding, feed: Mapping[str, Array]) -> dict[str, int]:
-    """Rows of x that each site multiplies at this feed; one where shapes depend on values."""
+    """Rows of x that each site multiplies at this feed (a Conv: positions of its output); one where shapes depend on values."""
     shapes = shapes_of(model, {n: np.shape(a) for n, a in feed.items()})
     rows = {}
     for site in finding.sites:
         if site.refusal is None:
-            shape = shapes.get(site.data)
-            size = math.prod(shape.numpy()) if shape is not None and shape.is_static() else site.K
-            rows[site.name] = size if site.kind == "lookup" else max(size // max(site.K, 1), 0)
+            conv = site.kind == "conv"
+            shape, width = shapes.get(site.node.outputs[0] if conv else site.data), site.N if conv else site.K
+            size = math.prod(shape.numpy()) if shape is not None and shape.is_static() else width
+            rows[site.name] = size if site.kind == "lookup" else max(size // max(width, 1), 0)
     return rows

@@ -11,7 +11,7 @@ from lrcompile.errors import UsageError
 from lrcompile.interfaces import CandidateOptions, Factorization, StatisticsSource, Weights
 from lrcompile.permutations import absorbed
 from lrcompile.progress import Progress, silent
-from lrcompile.records import Budget, Candidate, Decision, Finding, Group, Refusal, Site
+from lrcompile.records import Budget, Candidate, Decision, Finding, Group, Kind, Refusal, Site
 from lrcompile.weights import side_by_side
 
 # Kernels like ranks in eights; matrices this small are fitted exactly.
@@ -88,7 +88,7 @@ def eligible(site: Site, tied: bool, budget: Budget, include: str | None, exclud
         return None if re.search(include, site.name) else "not included by name"
     if budget.rank == "full":
         return None
-    if site.op not in ("MatMul", "Gemm"):
+    if site.op not in ("MatMul", "Gemm", "Conv"):
         return f"a {site.op} weight takes part only when --include names it"
     return "a head tied to a table takes part only when --include names it" if tied else None
 
@@ -204,7 +204,7 @@ def _curve(
     linear = all(s.kind == "linear" for s in group.sites)
     absorbs = group.shares_weight and all(absorbed(s) for s in group.sites)
     for method in methods:
-        if method.name == "dense":
+        if method.name == "dense" or not knows(method, group):
             continue
         if (refusal := method.serves(group)) is not None:
             reasons.append(refusal.reason)
@@ -226,7 +226,15 @@ def _curve(
     found.sort(key=lambda c: (c.cost.parameters, c.error))
     if not reasons and isinstance(budget.rank, int) and budget.rank > min(site.K, site.N):
         reasons = [f"the weight has at most rank {min(site.K, site.N)}"]
-    return Curve(group, tuple(found), "" if found else "; ".join(reasons) or "no method serves it")
+    return Curve(
+        group, tuple(found), "" if found else "; ".join(reasons) or f"none of the methods is for {site.op}"
+    )
+
+
+def knows(method: Factorization, group: Group) -> bool:
+    """Whether a factorization is for weights used like these: those of a Conv are only offered to those that name it in `kinds`."""
+    kinds: tuple[Kind, ...] = getattr(method, "kinds", ("linear", "lookup"))
+    return all(s.kind in kinds for s in group.sites)
 
 
 def _multiple(size: int, budget: Budget) -> int:

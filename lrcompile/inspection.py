@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lrcompile.cost import bytes_of, parameters_of, stored_bytes
-from lrcompile.curves import eligible
+from lrcompile.curves import eligible, knows
 from lrcompile.interfaces import CandidateOptions, Factorization, StatisticsSource, Weights
 from lrcompile.progress import Progress, silent
 from lrcompile.records import Budget, Candidate, Finding, Group, Source
@@ -162,7 +162,9 @@ def inspection(
                 reason=reasons[0] if all(reasons) else None,
                 rows=next((k.count for k in known if k is not None), None),
                 curves=tuple(
-                    _curve(group, m, weights, statistics) for m in methods.values() if m.name != "dense"
+                    _curve(group, m, weights, statistics)
+                    for m in methods.values()
+                    if m.name != "dense" and knows(m, group)
                 ),
             )
         )

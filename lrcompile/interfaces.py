@@ -23,6 +23,7 @@ from lrcompile.records import (
     Kind,
     Refusal,
     Site,
+    Window,
 )
 
 if TYPE_CHECKING:  # half a second, which every child process would pay
@@ -52,7 +53,7 @@ class Weights(Protocol):
     opset: int
 
     def matrix(self, site: Site) -> Array:
-        """W of the site, float64, (K, N) for linear sites and (V, D) for lookups."""
+        """W of the site, float64, (K, N) for linear sites and Conv, (V, D) for lookups."""
         ...
 
     def bias(self, site: Site) -> Array | None:
@@ -104,7 +105,8 @@ class Call:
     """One use of factors inside a graph, brought to its plain form by the core.
 
     kind "linear": x is (.., K), wanted is x W (.., N). kind "lookup": x holds ids (any shape, int32 or int64, negative
-    ones count from the end), wanted are rows W[ids] (.., D). transposed: W is the transpose of what was factorized.
+    ones count from the end), wanted are rows W[ids] (.., D). kind "conv": x is (batch, channels, ..), wanted is what the node gives,
+    by Conv nodes, with `bias` (a value, or None) added by the last of them; window: what the node saw of x. transposed: W is the transpose of what was factorized.
     factors: values that hold the arrays of `Factors`, of the type that the node computes in (integers as they are); those that
     are not asked for do not enter the function. shapes: their shapes. opset: version of the default domain. index: which site
     of the group this is; equal nodes on equal inputs of several sites become one.
@@ -117,6 +119,8 @@ class Call:
     shapes: Mapping[str, tuple[int, ...]]
     opset: int
     index: int = 0
+    window: Window | None = None
+    bias: ir.Value | None = None
 
 
 class Op(Protocol):
@@ -132,7 +136,10 @@ class Op(Protocol):
 
 
 class Factorization(Protocol):
-    """One way to store a group of weights, with its mathematics and its subgraph."""
+    """One way to store a group of weights, with its mathematics and its subgraph.
+
+    It is asked about matrices and tables; one for kernels says so by `kinds`, the `Kind` of sites that it is for: ``("conv",)``.
+    """
 
     @property
     def name(self) -> str:

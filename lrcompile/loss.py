@@ -15,6 +15,7 @@ corrected the mean's share is gone, so the covariance stands above. For a group 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -50,7 +51,10 @@ def _site_loss(
     known = statistics.of(site) if statistics is not None else None
     W = weights.matrix(site)
     D = W - changed[site.name, "weight"] if (site.name, "weight") in changed else np.zeros_like(W)
-    return _lost(D, W, known, (site.name, "bias") in changed)
+    corrected = (site.name, "bias") in changed
+    if site.window is None or site.window.group == 1:
+        return _lost(D, W, known, corrected)
+    return _lost_by_group(D, W, known, corrected, site.window.group)
 
 
 def _lost(D: Array, W: Array, known: InputStatistics | None, corrected: bool) -> tuple[float, float]:
@@ -64,6 +68,21 @@ def _lost(D: Array, W: Array, known: InputStatistics | None, corrected: bool) ->
     assert known.second is not None
     above = known.centred if corrected else known.second
     return float(np.vdot(D, above @ D)), float(np.vdot(W, known.second @ W))
+
+
+def _lost_by_group(
+    D: Array, W: Array, known: InputStatistics | None, corrected: bool, groups: int
+) -> tuple[float, float]:
+    """Of a Conv with groups: each has its own columns and its own moment."""
+    if known is None:
+        return _lost(D, W, None, corrected)
+    assert known.second is not None and known.mean is not None
+    lost = all_ = 0.0
+    for i, (d, w) in enumerate(zip(np.split(D, groups, axis=1), np.split(W, groups, axis=1), strict=True)):
+        part = replace(known, second=known.second[i], mean=known.mean[i])
+        a, b = _lost(d, w, part, corrected)
+        lost, all_ = lost + a, all_ + b
+    return lost, all_
 
 
 def _value_output(

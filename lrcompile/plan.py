@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lrcompile.allocate import Options, allocate, cheapest, covers_of
-from lrcompile.curves import Curve, Problem, Whole, decision_of, dense_of, folded, prepare, refused_of
+from lrcompile.curves import Curve, Problem, Whole, decision_of, dense_of, folded, knows, prepare, refused_of
 from lrcompile.errors import BudgetError, UsageError
 from lrcompile.interfaces import CandidateOptions, Factorization, StatisticsSource, Weights
 from lrcompile.measures import Measure, flops_after, measure_of
@@ -402,10 +402,14 @@ def check_plan(
             raise UsageError(
                 f"the plan asks for {decision.method!r} at {decision.group!r}; known: {', '.join(sorted(methods))}"
             )
+        if not knows(methods[decision.method], group):
+            what = f"that method is not for {group.sites[0].op}"
+            raise UsageError(f"the plan asks for {decision.method!r} at {decision.group!r}: {what}")
         if refusal := methods[decision.method].serves(group):
             raise UsageError(f"the plan asks for {decision.method!r} at {decision.group!r}: {refusal.reason}")
         site = group.sites[0]
-        if decision.rank is not None and not 1 <= decision.rank <= min(site.K, site.N):
+        matrix = site.kind != "conv"  # unfolded in another way a kernel may have a higher rank
+        if matrix and decision.rank is not None and not 1 <= decision.rank <= min(site.K, site.N):
             raise UsageError(
                 f"the plan's rank {decision.rank} at {decision.group!r} is not between 1 and {min(site.K, site.N)}"
             )

@@ -12,6 +12,8 @@ and sequences whose errors add up, D = X^T G, A = E[D D^T], B = E[D^T D] (x cent
 
 a grows to a half with the number of sequences that are seen: of few of them B knows few directions, and where a would be below a
 tenth A and B, which cost most, are left out.
+Of a Conv rows are positions, which err independently: of a weight that is met at thousands of positions of one picture D would cost
+far more. Its input side is what its window sees, known from calibration, so only derivatives are gathered.
 Sources: K-FAC (Martens and Grosse 2015), Shampoo (Gupta et al. 2018); the blend is measured (docs/accuracy.md).
 Needs torch, and operators that `gradients` covers; where it has neither, plans go by measured sensitivity alone.
 """
@@ -55,7 +57,10 @@ _PER_OUTPUT = 0.25  # sequences per output of a site at which a is a quarter
 
 @dataclass(frozen=True, slots=True)
 class Watch:
-    """A site whose derivative is wanted. x, y: names of its values. scale: of its product (Gemm's alpha). share: a."""
+    """A site whose derivative is wanted. x, y: names of its values. scale: of its product (Gemm's alpha). share: a.
+
+    pictures: y is (batch, N, ..), of a Conv.
+    """
 
     x: str
     y: str
@@ -64,6 +69,7 @@ class Watch:
     centred: bool
     scale: float
     share: float = 0.0
+    pictures: bool = False
 
 
 class ReactingStatistics:
@@ -139,12 +145,16 @@ def _sequences(feed: Feed) -> int:
 
 
 def _watch(site: Site, sequences: int) -> Watch | None:
-    """What is watched of a site that reads rows as they are; None of all others."""
-    if site.refusal is not None or site.kind != "linear" or site.path or site.wiring is None:
+    """What is watched of a site that reads rows or pictures as they are; None of all others."""
+    if site.refusal is not None or site.kind not in ("linear", "conv") or site.path or site.wiring is None:
         return None
     if site.wiring.before or site.wiring.after or site.N > _WIDEST:
         return None
     y = site.node.outputs[0].name or ""
+    if site.kind == "conv":
+        if site.window is None or site.window.group > 1:
+            return None
+        return Watch(site.data.name or "", y, site.K, site.N, site.bias is not None, 1.0, pictures=True)
     share = 0.5 * sequences / (sequences + _PER_OUTPUT * site.N)
     return Watch(
         site.data.name or "", y, site.K, site.N, site.bias is not None, site.wiring.scale,
@@ -193,6 +203,9 @@ def accumulate(
 
 def _add(sums: Mapping[str, Array], watch: Watch, x: Array, g: Array) -> None:
     """x (.., K) and g (.., N) of one feed and probe; the first axis holds sequences where there are three."""
+    if watch.pictures:
+        _add_rows(sums, np.moveaxis(g, 1, -1).reshape(len(g), -1, watch.N))
+        return
     if watch.centred:
         x = x - x.reshape(-1, watch.K).mean(axis=0)
     if x.ndim < 3:
@@ -210,7 +223,18 @@ def _add(sums: Mapping[str, Array], watch: Watch, x: Array, g: Array) -> None:
                 sums["output"] += D.T @ D
             sums["together"] += float(np.sum(b.sum(axis=0, dtype=np.float64) ** 2))
         sums["sequences"] += len(x)
-    for block in blocks_of(g.reshape(-1, watch.N)):
+    _add_outputs(sums, g.reshape(-1, watch.N))
+
+
+def _add_rows(sums: Mapping[str, Array], g: Array) -> None:
+    """g (pictures, positions, N)."""
+    sums["sequences"] += len(g)
+    sums["together"] += float(np.sum(g.sum(axis=1, dtype=np.float64) ** 2))
+    _add_outputs(sums, g.reshape(-1, g.shape[-1]))
+
+
+def _add_outputs(sums: Mapping[str, Array], g: Array) -> None:
+    for block in blocks_of(g):
         sums["row_output"] += block.T @ block
         sums["rows"] += np.count_nonzero(block.any(axis=1))
 

@@ -261,13 +261,17 @@ def _call(
     inside = _Parameters(op, factors, compute, prefix)
     shapes = {n: factors.shapes[n] for n in inside}
     x = _steps(op, data, site.wiring.before)
+    bias = addend if site.kind == "conv" else None  # a Conv adds it itself
     y = factors.method.emit(
-        op, Call(site.kind, group.transposed[index], x, inside, shapes, opset_of(model), index)
+        op,
+        Call(
+            site.kind, group.transposed[index], x, inside, shapes, opset_of(model), index, site.window, bias
+        ),
     )
     if site.wiring.scale != 1.0:
         y = op("Mul", y, op.constant(np.asarray(site.wiring.scale, compute.numpy()), "scale"), name="scaled")
     y = _steps(op, y, site.wiring.after)
-    if addend is not None:
+    if addend is not None and bias is None:
         term = addend
         if site.wiring.addend_scale != 1.0:
             term = op(

@@ -143,7 +143,9 @@ def _site(node: ir.Node, operand: int, ranks: dict[ir.Value, int], path: str) ->
         refusal=refusal,
         path=path,
     )
-    return (replace(site, bias=_bias(site)) if refusal is None and kind == "linear" else site), stored_value
+    if refusal is None and kind == "conv" and layout is not None:
+        site = replace(site, window=wiring.window_of(node, layout.shape))
+    return (replace(site, bias=_bias(site)) if refusal is None and kind != "lookup" else site), stored_value
 
 
 def _dtype(value: ir.Value) -> ir.DataType | None:
@@ -323,6 +325,8 @@ def _bias(site: Site) -> Bias | None:
     if site.wiring.addend is not None:
         value = site.node.inputs[site.wiring.addend]
         return _as_bias(site, site.node, site.wiring.addend, value, site.wiring.addend_scale)
+    if site.kind == "conv":  # what is added behind it has an axis for channels
+        return None
     output = site.node.outputs[0]
     uses = list(output.uses())
     if len(uses) != 1 or output.is_graph_output():

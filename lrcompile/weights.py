@@ -87,7 +87,8 @@ class ModelWeights:
         bias = None
         if site.bias is not None and site.wiring is not None:
             bias = (self._identity(site.bias.value), site.bias.scale, site.wiring.scale)
-        digest = hashlib.sha256(repr((self._identity(site.root), site.layout, bias)).encode())
+        known = (self._identity(site.root), site.layout, bias, *filter(None, [site.window]))
+        digest = hashlib.sha256(repr(known).encode())
         return digest.hexdigest()
 
     def itemsize(self, site: Site) -> int:

@@ -11,6 +11,7 @@
 | Gather, axis 0                     | ids                    | as it is           | as it is |
 | Gather, axis 1                     | ids                    | transposed         | last axis moved to the front |
 | Einsum, one constant               | contracted labels last | contracted, free   | labels put in the output's order |
+| Conv                               | as it is: a factorization makes Conv of it again, and sees W (channels x kernel, outputs) |
 
 `wire` answers with a sentence where this cannot be done.
 """
@@ -23,14 +24,16 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from lrcompile.graph import tensor_of
-from lrcompile.records import Kind, Layout, Step, Wiring
+from lrcompile.records import Kind, Layout, Step, Window, Wiring
 
 Wired = tuple[Kind, Wiring, Layout]
 
 
 def wire(node: ir.Node, operand: int, layout: Layout, ranks: dict[ir.Value, int]) -> Wired | str:
     """The wiring of a node whose input `operand` is a weight read as `layout`, or why there is none."""
-    make = {"MatMul": _matmul, "Gemm": _gemm, "Gather": _gather, "Einsum": _einsum}.get(node.op_type)
+    make = {"MatMul": _matmul, "Gemm": _gemm, "Gather": _gather, "Einsum": _einsum, "Conv": _conv}.get(
+        node.op_type
+    )
     if make is None or node.domain != "":
         return f"{node.op_type} is found but not factorized"
     return make(node, operand, layout, ranks)
@@ -133,6 +136,37 @@ def _einsum(node: ir.Node, operand: int, layout: Layout, ranks: dict[ir.Value, i
     before = _permute(x, rows + contracted) + _merge(kept, [size[c] for c in contracted], matrix.shape[0])
     split: tuple[Step, ...] = (("reshape", (*kept, *(size[c] for c in free))),) if len(free) > 1 else ()
     return "linear", Wiring(1 - operand, before, split + _permute(rows + free, out)), matrix
+
+
+def _conv(node: ir.Node, operand: int, layout: Layout, ranks: dict[ir.Value, int]) -> Wired | str:
+    data = node.inputs[0]
+    if data is None or tensor_of(data) is not None:
+        return "both operands are constant"
+    shape = layout.shape
+    if len(shape) < 3:
+        return "the kernel has no axis of a picture"
+    matrix = layout.reshape((shape[0], math.prod(shape[1:]))).transpose((1, 0))
+    addend = 2 if len(node.inputs) > 2 and node.inputs[2] is not None else None
+    return "conv", Wiring(data=0, addend=addend), matrix
+
+
+def window_of(node: ir.Node, shape: tuple[int, ...]) -> Window:
+    """The window of a Conv whose kernel has this shape, (channels out, channels a group, *kernel)."""
+    kernel = shape[2:]
+    ones, none = (1,) * len(kernel), (0,) * 2 * len(kernel)
+    auto = node.attributes["auto_pad"].as_string() if "auto_pad" in node.attributes else "NOTSET"
+
+    def given(name: str, otherwise: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(node.attributes[name].as_ints()) if name in node.attributes else otherwise
+
+    return Window(
+        kernel,
+        given("strides", ones),
+        given("dilations", ones),
+        given("pads", none) if auto == "NOTSET" else none,
+        auto if auto.startswith("SAME") else "",
+        max(_int(node, "group"), 1),
+    )
 
 
 def _permute(have: Sequence[str], want: Sequence[str]) -> tuple[Step, ...]:

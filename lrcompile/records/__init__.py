@@ -35,6 +35,7 @@ from lrcompile.records.sites import (
     Source,
     Step,
     Width,
+    Window,
     Wiring,
 )
 from lrcompile.records.statistics import InputStatistics, Reaction
@@ -74,5 +75,6 @@ __all__ = [
     "Tradeoff",
     "TradeoffPoint",
     "Width",
+    "Window",
     "Wiring",
 ]

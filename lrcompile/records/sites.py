@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -129,6 +130,44 @@ class Wiring:
     addend_scale: float = 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class Window:
+    """What a Conv sees of its input at one position of its output: an entry for each axis of the picture.
+
+    pads: zeros before each axis, then after each. auto_pad: ``SAME_UPPER`` or ``SAME_LOWER``, where the input's size says how many
+    there are (`pads` are zeros then), else empty. group: the parts of the channels that do not see each other.
+    """
+
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    pads: tuple[int, ...]
+    auto_pad: str = ""
+    group: int = 1
+
+    @property
+    def rank(self) -> int:
+        return len(self.kernel)
+
+    @property
+    def size(self) -> int:
+        """Points in the window."""
+        return math.prod(self.kernel)
+
+    def along(self, axes: Collection[int]) -> Window:
+        """The window along these axes, and a point along the others: what a Conv of these axes alone sees. Padding splits as well."""
+        keep = [i in axes for i in range(self.rank)]
+
+        def only(values: tuple[int, ...], other: int) -> tuple[int, ...]:
+            return tuple(
+                v if k else other for v, k in zip(values, keep * (len(values) // self.rank), strict=True)
+            )
+
+        return Window(
+            only(self.kernel, 1), only(self.strides, 1), only(self.dilations, 1), only(self.pads, 0), self.auto_pad, self.group
+        )  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Bias:
     """A constant added to what a site computes, ours to correct: only this site's output meets it.
@@ -151,8 +190,9 @@ class Site:
     weight, weight_shape, stored: name, shape and type of the constant in the file; root: the value from which on only
     transposes and reshapes follow (the constant itself, or what Cast or DequantizeLinear make of it).
     layout: how root is read as the matrix W (K, N) with y = x W (linear) or as the table W (V, D) with rows W[ids] (lookup).
+    Of a Conv x is what the window sees, (K,) with K = (channels a group, *kernel), and W has a column for each channel that comes out.
     operand_layout: how root is read as the node's operand.
-    dtype: what the node computes in. wiring: how the node's data meets W; None when the site is only listed.
+    dtype: what the node computes in. wiring: how the node's data meets W; None when the site is only listed. window: of a Conv.
     refusal: why it is not taken, or None. path: where the node stands (``then_branch of If_3``), empty in the main graph.
     """
 
@@ -169,6 +209,7 @@ class Site:
     operand_layout: Layout
     dtype: str
     wiring: Wiring | None = None
+    window: Window | None = None
     bias: Bias | None = None
     refusal: str | None = None
     path: str = ""

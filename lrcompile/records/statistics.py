@@ -28,7 +28,8 @@ class Reaction:
 class InputStatistics:
     """What the calibration data showed at a site's input.
 
-    count: rows seen. second: (K, K) float64, mean of x x^T; mean: (K,) float64 (linear sites).
+    count: rows seen. second: (K, K) float64, mean of x x^T; mean: (K,) float64 (linear sites). Of a Conv a row is what its window sees
+    at one position; with groups each has its own, (g, K, K) and (g, K).
     frequencies: (V,) float64, the share of lookups that asked for each row (lookup sites).
     cross, dense_mean: of live statistics, where x is what the compressed part gives and z the dense model's input, (K, K), mean of
     x z^T, shrunk as `second` is, and (K,), mean of z. reaction: of the model's outputs, None where that is not known.
@@ -58,4 +59,4 @@ class InputStatistics:
     def centred(self) -> Array:
         """(K, K), the covariance, shrunk alike: what is left of `second` once a bias absorbs the mean."""
         assert self.second is not None and self.mean is not None
-        return self.second - (1.0 - self.shrinkage) * self.mean[:, None] * self.mean
+        return self.second - (1.0 - self.shrinkage) * self.mean[..., :, None] * self.mean[..., None, :]

@@ -42,7 +42,7 @@ REASONS = {
     "batched": "one matrix for each batch entry",
     "rank": "not a matrix (a vector, or a table of rank 3)",
     "equation": "an Einsum that is no matrix product",
-    "conv": "found and listed, factorized by a later issue",
+    "transposed": "a ConvTranspose: found and listed",
     "recurrent": "found and listed",
     "integer": "integer arithmetic",
     "constant": "both operands constant: folded",

@@ -107,7 +107,7 @@ def einsum(b: Builder, name: str) -> None:
     b.leave(y, shape) if len(shape) > 1 else b.output(Tensor(y, shape))
 
 
-# found and listed, never taken -------------------------------------------------------------------------------------
+# pictures, and what is found and listed but never taken ------------------------------------------------------------
 
 # spatial axes, kernel, channels in and out, groups
 CONV = {
@@ -126,7 +126,9 @@ def conv(b: Builder, name: str, transpose: bool = False) -> None:
     w = weight(b, ((cin, cout // groups) if transpose else (cout, cin // groups)) + (k,) * spatial)
     inputs = [x.name, w.value, *([b.constant(b.normal((cout,)), "B")] if b.choices.chance(50) else [])]
     op = "ConvTranspose" if transpose else "Conv"
-    y = b.use(op, inputs, w, reason="conv", group=groups, kernel_shape=[k] * spatial)
+    y = b.use(
+        op, inputs, w, reason="transposed" if transpose else "", group=groups, kernel_shape=[k] * spatial
+    )
     side = 5 + k - 1 if transpose else 5 - k + 1
     b.leave(y, (2, cout, *[side] * spatial))
 
