@@ -145,7 +145,12 @@ class Clock:
     def of(
         self, group: Group, candidate: Candidate | None, method: Factorization | None, rows: Mapping[str, int]
     ) -> float | None:
-        """Seconds of all readers of a group's weights, each at its number of rows. candidate None: as they are."""
+        """Seconds of all readers of a group's weights, each at its number of rows; None where one was not timed, as no Conv is.
+
+        candidate None: as they are.
+        """
+        if not can_be_timed(group):
+            return None
         total = 0.0
         for form, site in forms_of(group, candidate, method, self.dtype):
             seconds = self.seconds(form, rows.get(site, 0))
@@ -189,6 +194,11 @@ class _OverVaried:
     def __call__(self, places: Array) -> Array:
         made: Array = self._fitted(places[:, self._varied])
         return made
+
+
+def can_be_timed(group: Group) -> bool:
+    """Micro-graphs multiply rows and gather them; what a Conv takes hangs on pictures, of which rows say nothing."""
+    return all(s.kind in ("linear", "lookup") for s in group.sites)
 
 
 def forms_of(

@@ -26,7 +26,7 @@ from lrcompile.micro import copies_of, feed_of, micro
 from lrcompile.progress import Progress, silent
 from lrcompile.records import Candidate
 from lrcompile.store import new_folder, read_json, read_text, remove_folder, save_model, write_json
-from lrcompile.timing import CostTable, Form, Timing, by_form, forms_of, gaps, ranks_to_measure
+from lrcompile.timing import CostTable, Form, Timing, by_form, can_be_timed, forms_of, gaps, ranks_to_measure
 
 if TYPE_CHECKING:
     from lrcompile.child import Child
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RANKS = 5  # of each kind of form that are measured; what lies between is interpolated
+_STRUCTURES = 2  # of each method that are measured; others stay unknown, and so unused
 _WARM_UP = 2  # passes that fill caches and arenas, and record graphs
 _SAMPLES, _SAMPLE = 7, 8e-3  # of a timing, and seconds that each lasts at least
 _LONGEST = 2.0  # seconds for all samples of a timing, of which there are three at least
@@ -116,7 +117,7 @@ def wanted_of(
 ) -> tuple[tuple[Form, int], ...]:
     """Every open weight as it is, and a few ranks of each form that it could have, at the rows that its reader meets."""
     pairs: dict[tuple[Form, int], None] = {}
-    for curve in problem.open:
+    for curve in filter(lambda c: can_be_timed(c.group), problem.open):
         for candidate in (None, *_few(curve)):
             method = methods[candidate.method] if candidate is not None else None
             for form, site in forms_of(curve.group, candidate, method, dtype):
@@ -125,12 +126,19 @@ def wanted_of(
 
 
 def _few(curve: Curve) -> Iterator[Candidate]:
-    kinds: dict[tuple[object, ...], list[Candidate]] = {}
+    """Of each method the structures that err least at half the parameters, and of each of these a few ranks."""
+    kinds: dict[tuple[str, str | None], dict[object, list[Candidate]]] = {}
     for c in curve.candidates:
-        kinds.setdefault((c.method, c.structure, c.permutes), []).append(c)
-    for several in kinds.values():
-        ranks = ranks_to_measure([c.rank or 0 for c in several], RANKS)
-        yield from (c for c in several if (c.rank or 0) in ranks)
+        kinds.setdefault((c.method, c.permutes), {}).setdefault(c.structure, []).append(c)
+    for structures in kinds.values():
+        for several in sorted(structures.values(), key=lambda s: _half(curve, s).error)[:_STRUCTURES]:
+            ranks = ranks_to_measure([c.rank or 0 for c in several], RANKS)
+            yield from (c for c in several if (c.rank or 0) in ranks)
+
+
+def _half(curve: Curve, candidates: Sequence[Candidate]) -> Candidate:
+    """The one that comes nearest to half the parameters."""
+    return min(candidates, key=lambda c: abs(2 * c.cost.parameters - curve.group.elements))
 
 
 # --- where tables lie ---------------------------------------------------------------------------------------------

@@ -119,9 +119,9 @@ class Grouped:
                 error = float(np.sqrt(lost)) + _CLAIM_SLACK
                 yield Candidate(self.name, rank, _cost(group, blocks, weights), error, bound, structure)
 
-    def shapes(self, group: Group, candidate: Candidate) -> Mapping[str, tuple[int, ...]]:
+    def shapes(self, group: Group, candidate: Candidate) -> Mapping[str, tuple[int, ...] | Array]:
         V, D = group.sites[0].K, group.sites[0].N
-        found: dict[str, tuple[int, ...]] = {"order": (V,)}
+        found: dict[str, tuple[int, ...] | Array] = {"order": np.arange(V, dtype=np.int32)[::-1]}
         for i, block in enumerate(_blocks(candidate)):
             if block.rank:
                 found[f"rows.{i}"] = (block.rows + _EDGES, block.rank)

@@ -107,11 +107,12 @@ class TableTrain:
                 bound = group.kind == "alone"  # of several readers the error is their mean
                 yield Candidate(self.name, rank, cost, error + _CLAIM_SLACK, bound, structure)
 
-    def shapes(self, group: Group, candidate: Candidate) -> Mapping[str, tuple[int, ...]]:
+    def shapes(self, group: Group, candidate: Candidate) -> Mapping[str, tuple[int, ...] | Array]:
         V = group.sites[0].K
         found = {f"core.{j}": core.shape for j, core in enumerate(_cores_of(group, candidate))}
         ordered = dict(candidate.structure)["order"] != "natural"
-        return {**found, "scale": (V, 1, 1), **({"order": (V,)} if ordered else {})}
+        order = {"order": np.arange(V, dtype=np.int32)[::-1]} if ordered else {}
+        return {**found, "scale": (V, 1, 1), **order}
 
     def factorize(
         self,
