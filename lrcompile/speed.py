@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 # Widths of layers, rows and type that are measured where no model is given.
 _ON_CPU = ((384, 768, 1536), (1, 16, 128, 1024), "float")
-_ON_GPU = ((1024, 2048, 4096), (1, 16, 128, 1024, 4096), "float16")
+_ON_GPU = ((1024, 4096), (1, 16, 128, 1024, 4096), "float16")
 _PROBE = Form("dense", "linear", 8, (8,), None, "float")
 _RACE = 3.0  # seconds for each shape
 _LIMIT = 120.0  # seconds for the timing of one engine
