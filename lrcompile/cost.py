@@ -48,13 +48,52 @@ def stored_bytes(group: Group) -> int:
 
 
 def rows_of(model: ir.Model, finding: Finding, feed: Mapping[str, Array]) -> dict[str, int]:
-    """Rows of x that each site multiplies at this feed (a Conv: positions of its output); one where shapes depend on values."""
-    shapes = shapes_of(model, {n: np.shape(a) for n, a in feed.items()})
-    rows = {}
+    """Rows of x that each site multiplies at this feed (a Conv: positions of its output); one where shapes depend on values.
+
+    A free dimension of one may be stretched later, so inference forgets it. What it does not know then follows from the counts at two,
+    three and four, f(1) = 3 f(2) - 3 f(3) + f(4), which is exact where rows are a product of up to two such dimensions.
+    """
+    given = {n: np.shape(a) for n, a in feed.items()}
+    rows = _inferred(model, finding, given)
+    free = {
+        v.name: [not isinstance(d, int) for d in v.shape] for v in model.graph.inputs if v.shape is not None
+    }
+    ones = {
+        n
+        for n, shape in given.items()
+        if any(d == 1 and f for d, f in zip(shape, free.get(n, ()), strict=False))
+    }
+    if ones and None in rows.values():
+
+        def at(size: int) -> dict[str, int | None]:
+            shapes = {
+                n: tuple(size if d == 1 and f else d for d, f in zip(shape, free[n], strict=True))
+                if n in ones
+                else shape
+                for n, shape in given.items()
+            }
+            return _inferred(model, finding, shapes)
+
+        two, three, four = at(2), at(3), at(4)
+        for name, known in rows.items():
+            a, b, c = two[name], three[name], four[name]
+            if known is None and a is not None and b is not None and c is not None:
+                rows[name] = max(3 * a - 3 * b + c, 1)
+    return {name: 1 if count is None else count for name, count in rows.items()}
+
+
+def _inferred(
+    model: ir.Model, finding: Finding, inputs: Mapping[str, tuple[int, ...]]
+) -> dict[str, int | None]:
+    shapes = shapes_of(model, inputs)
+    rows: dict[str, int | None] = {}
     for site in finding.sites:
         if site.refusal is None:
             conv = site.kind == "conv"
             shape, width = shapes.get(site.node.outputs[0] if conv else site.data), site.N if conv else site.K
-            size = math.prod(shape.numpy()) if shape is not None and shape.is_static() else width
-            rows[site.name] = size if site.kind == "lookup" else max(size // max(width, 1), 0)
+            if shape is None or not shape.is_static():
+                rows[site.name] = None
+            else:
+                size = math.prod(shape.numpy())
+                rows[site.name] = size if site.kind == "lookup" else max(size // max(width, 1), 0)
     return rows
