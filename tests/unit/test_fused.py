@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,6 +18,7 @@ from lrcompile import fused
 from lrcompile.errors import BuildError
 from lrcompile.interfaces import BuildOptions
 from lrcompile.registry import runtime_of
+from lrcompile_runtimes import _ort_nodes
 from tests.graphs import model, node, normal
 
 CPU = "CPUExecutionProvider"
@@ -282,12 +286,35 @@ def test_an_engine_counts_what_it_fused(tmp_path: Path) -> None:
     made = model(nodes, {"x": ("n", 3, 4)}, ["y"], {"w": normal(4, 5), "b": normal(5)}, opset=20)
     found = engine_nodes(made, tmp_path)
     assert found == {f"BiasGelu (com.microsoft) on {CPU}": 1, f"MatMul (ai.onnx) on {CPU}": 1}
-    external = tmp_path / "external.onnx"
-    onnx.save(ir.to_proto(made), external, save_as_external_data=True, location="w.bin", size_threshold=0)
-    with runtime_of("ort-cpu").build(external, BuildOptions("ort-cpu")) as engine:
-        assert engine.nodes() == found
     path = tmp_path / "0.onnx"
     with runtime_of("ort-cpu").build(path, BuildOptions("ort-cpu", optimize=False)) as engine:
         assert sum(engine.nodes().values()) == 3
     with runtime_of("reference").build(path, BuildOptions("reference")) as engine:
         assert engine.nodes()["Gelu (ai.onnx) on reference"] == 1
+
+
+@pytest.mark.parametrize("external", [False, True])
+def test_counting_writes_no_weights(external: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    nodes = [node("MatMul", ["x", "w"], ["h"]), node("Relu", ["h"], ["y"])]
+    made = model(nodes, {"x": ("n", 300)}, ["y"], {"w": normal(300, 400)}, opset=20)
+    path, folder = tmp_path / "model.onnx", tmp_path / "temporary"
+    onnx.save(ir.to_proto(made), path, save_as_external_data=external, location="w.bin")
+    assert (tmp_path / "w.bin").is_file() == external
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    opened, written = _ort_nodes.open_session, list[int]()
+
+    def open_session(*args: Any) -> Any:
+        session = opened(*args)
+        written.append(sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()))
+        return session
+
+    monkeypatch.setattr(_ort_nodes, "open_session", open_session)
+    with runtime_of("ort-cpu").build(path, BuildOptions("ort-cpu")) as engine:
+        found = engine.nodes()
+        monkeypatch.setattr(os, "devnull", str(folder / "kept"))
+        assert engine.nodes() == found
+    assert written[0] < 1000
+    assert written[1] > 4 * 300 * 400  # what would be written elsewhere
+    assert sorted(f.name for f in folder.iterdir()) == ["kept"]
