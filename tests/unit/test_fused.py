@@ -15,9 +15,18 @@ import onnx_ir as ir
 import pytest
 
 from lrcompile import fused
+from lrcompile.curves import decision_of
 from lrcompile.errors import BuildError
-from lrcompile.interfaces import BuildOptions
-from lrcompile.registry import runtime_of
+from lrcompile.factorize import factorize
+from lrcompile.graph import reached_from
+from lrcompile.interfaces import BuildOptions, CandidateOptions
+from lrcompile.lower import lower
+from lrcompile.records import Plan
+from lrcompile.registry import factorization, runtime_of
+from lrcompile.rewrite import rewrite
+from lrcompile.sites import find
+from lrcompile.store import Cache
+from lrcompile.weights import ModelWeights
 from lrcompile_runtimes import _ort_nodes
 from tests.graphs import model, node, normal
 
@@ -132,21 +141,28 @@ def test_fusions_that_the_runtime_refuses_or_that_cost_others_are_dropped(
 WIDTH, HEADS, SIZE = 32, 4, 8
 
 
-def attention(opset: int = 20, weight: str = "w") -> ir.Model:
-    """Self-attention with biases behind a norm, as torch exports it, and a residual norm; batch and sequence stay open."""
-    nodes, constants = (
-        [],
-        {"g": normal(WIDTH) + 2, "b": normal(WIDTH), "heads": np.array([0, 0, HEADS, SIZE])},
-    )
-    nodes.append(node("LayerNormalization", ["x", "g", "b"], ["n"], axis=-1))
-    for i, name in enumerate("qkv"):
-        constants |= {
-            f"{weight}{name}": normal(WIDTH, WIDTH, seed=i) / 6,
-            f"b{name}": normal(WIDTH, seed=i + 9),
-        }
+def attention(opset: int = 20, packed: bool = False) -> ir.Model:
+    """Self-attention with biases behind a norm, as torch exports it, and a residual norm; batch and sequence stay open.
+
+    packed: queries, keys and values come of one product that is split.
+    """
+    constants = {"g": normal(WIDTH) + 2, "b": normal(WIDTH), "heads": np.array([0, 0, HEADS, SIZE])}
+    nodes = [node("LayerNormalization", ["x", "g", "b"], ["n"], axis=-1)]
+    if packed:
+        constants |= {"wqkv": normal(WIDTH, 3 * WIDTH) / 6, "bqkv": normal(3 * WIDTH, seed=9)}
         nodes += [
-            node("MatMul", ["n", f"{weight}{name}"], [f"{name}0"]),
-            node("Add", [f"{name}0", f"b{name}"], [f"{name}1"]),
+            node("MatMul", ["n", "wqkv"], ["p0"]),
+            node("Add", ["p0", "bqkv"], ["p1"]),
+            node("Split", ["p1"], ["q1", "k1", "v1"], axis=-1, num_outputs=3),
+        ]
+    for i, name in enumerate("qkv"):
+        if not packed:
+            constants |= {f"w{name}": normal(WIDTH, WIDTH, seed=i) / 6, f"b{name}": normal(WIDTH, seed=i + 9)}
+            nodes += [
+                node("MatMul", ["n", f"w{name}"], [f"{name}0"]),
+                node("Add", [f"{name}0", f"b{name}"], [f"{name}1"]),
+            ]
+        nodes += [
             node("Reshape", [f"{name}1", "heads"], [f"{name}2"]),
             node("Transpose", [f"{name}2"], [f"{name}3"], perm=[0, 2, 1, 3]),
         ]
@@ -229,6 +245,31 @@ def test_attention_and_norms_are_fused_and_compute_the_same(
         # sums of 32 float32 products in another order, after a norm: a few units of 6e-8
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("method", ["svd-plain", "pivoted"])
+def test_packed_queries_keys_and_values_stay_packed(method: str, tmp_path: Path) -> None:
+    """One weight that a Split follows becomes one chain before that Split, and as much is fused around it."""
+    apply, made = fusion(), attention(packed=True)
+    before = [engine_nodes(made, tmp_path)]
+    (group,) = (g for g in find(made).groups if [s.weight for s in g.sites] == ["wqkv"])
+    chosen, weights = factorization(method), ModelWeights(Cache(tmp_path / "cache"), 20)
+    (candidate,) = chosen.candidates(group, weights, None, CandidateOptions(ranks=(8,)))
+    plan = Plan("ort-cpu", (decision_of(group, candidate, ""),))
+    sets = factorize(plan, {group.name: group}, weights, None, {method: chosen}, 0)
+    ours = lower(rewrite(made, sets), ())
+    plain, x = ours.clone(), normal(2, 5, WIDTH)
+    after = [engine_nodes(ours, tmp_path)]
+    assert apply(made) and apply(ours)
+    before.append(engine_nodes(made, tmp_path))
+    after.append(engine_nodes(ours, tmp_path))
+    assert list(map(fused.kinds, after)) == list(map(fused.kinds, before))
+    assert fused.kinds(after[1])["attention"] == 1
+    (split,) = (n for n in ours.graph if n.op_type == "Split")
+    products = [n for n in ours.graph if n.op_type == "MatMul" and "lrcompile.method" in n.metadata_props]
+    assert len(products) == 2 and products[1].inputs[0] is products[0].outputs[0]
+    assert split in reached_from(ours, products[1:])
+    np.testing.assert_allclose(run(ours, x, tmp_path), run(plain, x, tmp_path), rtol=0, atol=1e-5)
 
 
 def test_what_it_makes_is_legal_onnx_and_says_who_made_it(tmp_path: Path) -> None:
