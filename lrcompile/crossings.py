@@ -75,6 +75,11 @@ class Way:
     def heads(self) -> bool:
         return self.kind != "up_down"
 
+    @property
+    def narrower(self) -> set[ir.Value]:
+        """All values that a cut makes smaller."""
+        return {*self.axes, *(value for node in self.turning for value in node.outputs)}
+
     # --- one node --------------------------------------------------------------------------------------------------
 
     def step(self, node: ir.Node) -> list[ir.Value] | str:

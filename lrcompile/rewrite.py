@@ -24,7 +24,6 @@ from lrcompile.graph import (
     mark_constants,
     nodes,
     opset_of,
-    reached_from,
     tensor_of,
 )
 from lrcompile.interfaces import Array, Call, Constant
@@ -37,7 +36,6 @@ def rewrite(model: ir.Model, sets: Sequence[FactorSet]) -> ir.Model:
     """A copy of the model in neutral form."""
     copy, twins = _copy(model)
     names = Names(copy)
-    cut: list[ir.Node] = []
     for factors in sets:
         edits = factors.method.edits(factors.group, factors.load())
         given = _Initializers(copy, factors, names)
@@ -54,12 +52,11 @@ def rewrite(model: ir.Model, sets: Sequence[FactorSet]) -> ir.Model:
                     factors.storage,
                 )
                 twins[site.node].metadata_props.update(_metadata(factors, site))
-                cut.append(twins[site.node])
             else:
                 _call(copy, index, twins[site.node], factors, given, names)
         if (kept := edits.get((factors.group.name, "kept"))) is not None:
             _follow(copy, factors.group, twins, edits, kept, names)
-    _forget_shapes(copy, cut)
+            _forget_shapes(factors.group, twins)
     return copy
 
 
@@ -398,13 +395,13 @@ def _gather(
     return made
 
 
-def _forget_shapes(model: ir.Model, cut: Sequence[ir.Node]) -> None:
-    """What the file says of shapes behind a cut is no longer true; a runtime finds them anew."""
-    outputs = set(model.graph.outputs)
-    for node in reached_from(model, cut) if cut else ():
-        for value in node.outputs:
-            if value not in outputs:
-                value.shape = None
+def _forget_shapes(group: Group, twins: Mapping[ir.Node, ir.Node]) -> None:
+    """What the file says of the shapes of narrower values is no longer true; a runtime finds them anew."""
+    assert group.width is not None
+    for value in group.width.values:
+        maker, index = value.producer(), value.index()
+        assert maker is not None and index is not None
+        twins[maker].outputs[index].shape = None
 
 
 def _replace_weight(

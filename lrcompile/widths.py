@@ -138,7 +138,8 @@ def _measure(way: Way, last: ir.Node) -> Width | str:
     shapes = shape_followers(way, size)
     if isinstance(shapes, str):
         return shapes
-    return Width(size, heads, repeat, (*way.followers, *shapes), planes=bool(way.turned))
+    followers = (*way.followers, *shapes)
+    return Width(size, heads, repeat, followers, planes=bool(way.turned), values=tuple(way.narrower))
 
 
 def _size(way: Way, site: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -259,7 +259,8 @@ class Width:
 
     size: of a head (of the whole hidden layer of an FFN, heads being 1). heads: of the first site (of a key: its own). repeat: how
     many heads of the last site read one of the first (grouped queries). followers: what on the way must follow. planes: a rotary
-    embedding turns a head's numbers i and i + size / 2 together, so that only such pairs can be cut, the same ones of all heads.
+    embedding turns a head's numbers i and i + size / 2 together, so that only such pairs can be cut, the same ones of all heads. values: what
+    becomes narrower.
     """
 
     size: int
@@ -267,6 +268,7 @@ class Width:
     repeat: int = 1
     followers: tuple[Follower, ...] = ()
     planes: bool = False
+    values: tuple[ir.Value, ...] = field(default=(), repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

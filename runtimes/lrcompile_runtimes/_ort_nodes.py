@@ -7,6 +7,7 @@ made by fusion bears the value that the last of its parts computed, and by it th
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
@@ -22,7 +23,10 @@ if TYPE_CHECKING:
     import onnxruntime
 
 _RECORD = "session.record_ep_graph_assignment_info"
-_SMALL = "1024"  # bytes: larger weights of the optimized model go to a file of their own, which is never read
+_WEIGHTS, _SMALL = (
+    "weights",
+    "1024",
+)  # where weights of the optimized model go, and from how many bytes; nobody reads them
 
 
 def record(settings: onnxruntime.SessionOptions) -> None:
@@ -43,16 +47,18 @@ def count_nodes(ort: Any, model: Path, options: BuildOptions) -> dict[str, int]:
     """``OpType (domain) on Provider`` -> count, after all optimisations.
 
     Of what a provider compiles as a whole (TensorRT) the nodes that it was given: what becomes of them there, only it knows.
-    A session is made for this and let go. Weights above 1 KiB are written to a temporary folder, those of external files are not.
+    A session is made for this and let go. ONNX Runtime writes the weights of an optimized model anew, external ones too: those above
+    1 KiB go to the null device.
     """
     with tempfile.TemporaryDirectory(prefix="lrcompile-") as folder:
         written = Path(folder) / "optimized.onnx"
+        (Path(folder) / _WEIGHTS).symlink_to(os.devnull)
 
         def adjust(settings: onnxruntime.SessionOptions) -> None:
             record(settings)
             for key, value in {
                 "session.disable_prepacking": "1",
-                "session.optimized_model_external_initializers_file_name": "weights",
+                "session.optimized_model_external_initializers_file_name": _WEIGHTS,
                 "session.optimized_model_external_initializers_min_size_in_bytes": _SMALL,
             }.items():
                 settings.add_session_config_entry(key, value)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,9 +15,19 @@ import onnx_ir as ir
 import pytest
 
 from lrcompile import fused
+from lrcompile.curves import decision_of
 from lrcompile.errors import BuildError
-from lrcompile.interfaces import BuildOptions
-from lrcompile.registry import runtime_of
+from lrcompile.factorize import factorize
+from lrcompile.graph import reached_from
+from lrcompile.interfaces import BuildOptions, CandidateOptions
+from lrcompile.lower import lower
+from lrcompile.records import Plan
+from lrcompile.registry import factorization, runtime_of
+from lrcompile.rewrite import rewrite
+from lrcompile.sites import find
+from lrcompile.store import Cache
+from lrcompile.weights import ModelWeights
+from lrcompile_runtimes import _ort_nodes
 from tests.graphs import model, node, normal
 
 CPU = "CPUExecutionProvider"
@@ -128,21 +141,28 @@ def test_fusions_that_the_runtime_refuses_or_that_cost_others_are_dropped(
 WIDTH, HEADS, SIZE = 32, 4, 8
 
 
-def attention(opset: int = 20, weight: str = "w") -> ir.Model:
-    """Self-attention with biases behind a norm, as torch exports it, and a residual norm; batch and sequence stay open."""
-    nodes, constants = (
-        [],
-        {"g": normal(WIDTH) + 2, "b": normal(WIDTH), "heads": np.array([0, 0, HEADS, SIZE])},
-    )
-    nodes.append(node("LayerNormalization", ["x", "g", "b"], ["n"], axis=-1))
-    for i, name in enumerate("qkv"):
-        constants |= {
-            f"{weight}{name}": normal(WIDTH, WIDTH, seed=i) / 6,
-            f"b{name}": normal(WIDTH, seed=i + 9),
-        }
+def attention(opset: int = 20, packed: bool = False) -> ir.Model:
+    """Self-attention with biases behind a norm, as torch exports it, and a residual norm; batch and sequence stay open.
+
+    packed: queries, keys and values come of one product that is split.
+    """
+    constants = {"g": normal(WIDTH) + 2, "b": normal(WIDTH), "heads": np.array([0, 0, HEADS, SIZE])}
+    nodes = [node("LayerNormalization", ["x", "g", "b"], ["n"], axis=-1)]
+    if packed:
+        constants |= {"wqkv": normal(WIDTH, 3 * WIDTH) / 6, "bqkv": normal(3 * WIDTH, seed=9)}
         nodes += [
-            node("MatMul", ["n", f"{weight}{name}"], [f"{name}0"]),
-            node("Add", [f"{name}0", f"b{name}"], [f"{name}1"]),
+            node("MatMul", ["n", "wqkv"], ["p0"]),
+            node("Add", ["p0", "bqkv"], ["p1"]),
+            node("Split", ["p1"], ["q1", "k1", "v1"], axis=-1, num_outputs=3),
+        ]
+    for i, name in enumerate("qkv"):
+        if not packed:
+            constants |= {f"w{name}": normal(WIDTH, WIDTH, seed=i) / 6, f"b{name}": normal(WIDTH, seed=i + 9)}
+            nodes += [
+                node("MatMul", ["n", f"w{name}"], [f"{name}0"]),
+                node("Add", [f"{name}0", f"b{name}"], [f"{name}1"]),
+            ]
+        nodes += [
             node("Reshape", [f"{name}1", "heads"], [f"{name}2"]),
             node("Transpose", [f"{name}2"], [f"{name}3"], perm=[0, 2, 1, 3]),
         ]
@@ -227,6 +247,31 @@ def test_attention_and_norms_are_fused_and_compute_the_same(
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("method", ["svd-plain", "pivoted"])
+def test_packed_queries_keys_and_values_stay_packed(method: str, tmp_path: Path) -> None:
+    """One weight that a Split follows becomes one chain before that Split, and as much is fused around it."""
+    apply, made = fusion(), attention(packed=True)
+    before = [engine_nodes(made, tmp_path)]
+    (group,) = (g for g in find(made).groups if [s.weight for s in g.sites] == ["wqkv"])
+    chosen, weights = factorization(method), ModelWeights(Cache(tmp_path / "cache"), 20)
+    (candidate,) = chosen.candidates(group, weights, None, CandidateOptions(ranks=(8,)))
+    plan = Plan("ort-cpu", (decision_of(group, candidate, ""),))
+    sets = factorize(plan, {group.name: group}, weights, None, {method: chosen}, 0)
+    ours = lower(rewrite(made, sets), ())
+    plain, x = ours.clone(), normal(2, 5, WIDTH)
+    after = [engine_nodes(ours, tmp_path)]
+    assert apply(made) and apply(ours)
+    before.append(engine_nodes(made, tmp_path))
+    after.append(engine_nodes(ours, tmp_path))
+    assert list(map(fused.kinds, after)) == list(map(fused.kinds, before))
+    assert fused.kinds(after[1])["attention"] == 1
+    (split,) = (n for n in ours.graph if n.op_type == "Split")
+    products = [n for n in ours.graph if n.op_type == "MatMul" and "lrcompile.method" in n.metadata_props]
+    assert len(products) == 2 and products[1].inputs[0] is products[0].outputs[0]
+    assert split in reached_from(ours, products[1:])
+    np.testing.assert_allclose(run(ours, x, tmp_path), run(plain, x, tmp_path), rtol=0, atol=1e-5)
+
+
 def test_what_it_makes_is_legal_onnx_and_says_who_made_it(tmp_path: Path) -> None:
     apply, made = fusion(), rms_norm()
     plain = made.clone()
@@ -282,12 +327,35 @@ def test_an_engine_counts_what_it_fused(tmp_path: Path) -> None:
     made = model(nodes, {"x": ("n", 3, 4)}, ["y"], {"w": normal(4, 5), "b": normal(5)}, opset=20)
     found = engine_nodes(made, tmp_path)
     assert found == {f"BiasGelu (com.microsoft) on {CPU}": 1, f"MatMul (ai.onnx) on {CPU}": 1}
-    external = tmp_path / "external.onnx"
-    onnx.save(ir.to_proto(made), external, save_as_external_data=True, location="w.bin", size_threshold=0)
-    with runtime_of("ort-cpu").build(external, BuildOptions("ort-cpu")) as engine:
-        assert engine.nodes() == found
     path = tmp_path / "0.onnx"
     with runtime_of("ort-cpu").build(path, BuildOptions("ort-cpu", optimize=False)) as engine:
         assert sum(engine.nodes().values()) == 3
     with runtime_of("reference").build(path, BuildOptions("reference")) as engine:
         assert engine.nodes()["Gelu (ai.onnx) on reference"] == 1
+
+
+@pytest.mark.parametrize("external", [False, True])
+def test_counting_writes_no_weights(external: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    nodes = [node("MatMul", ["x", "w"], ["h"]), node("Relu", ["h"], ["y"])]
+    made = model(nodes, {"x": ("n", 300)}, ["y"], {"w": normal(300, 400)}, opset=20)
+    path, folder = tmp_path / "model.onnx", tmp_path / "temporary"
+    onnx.save(ir.to_proto(made), path, save_as_external_data=external, location="w.bin")
+    assert (tmp_path / "w.bin").is_file() == external
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    opened, written = _ort_nodes.open_session, list[int]()
+
+    def open_session(*args: Any) -> Any:
+        session = opened(*args)
+        written.append(sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()))
+        return session
+
+    monkeypatch.setattr(_ort_nodes, "open_session", open_session)
+    with runtime_of("ort-cpu").build(path, BuildOptions("ort-cpu")) as engine:
+        found = engine.nodes()
+        monkeypatch.setattr(os, "devnull", str(folder / "kept"))
+        assert engine.nodes() == found
+    assert written[0] < 1000
+    assert written[1] > 4 * 300 * 400  # what would be written elsewhere
+    assert sorted(f.name for f in folder.iterdir()) == ["kept"]

@@ -14,6 +14,7 @@ import pytest
 from lrcompile.curves import decision_of
 from lrcompile.factorize import factorize
 from lrcompile.factors import FactorSet
+from lrcompile.graph import shapes_of
 from lrcompile.interfaces import CandidateOptions
 from lrcompile.loss import group_loss
 from lrcompile.records import Candidate, Group, InputStatistics, Plan
@@ -97,7 +98,28 @@ def check(made: ir.Model, group: Group, rank: int, cache: Cache) -> FactorSet:
         given = blocks.feeds(made, seed, batch=2 + seed)
         a, b = blocks.run(oracle, given)[0], blocks.run(ours, given)[0]
         np.testing.assert_allclose(b, a, atol=ROUNDED * float(np.abs(a).max()), rtol=0)
+    check_shapes(made, factors)
     return factors
+
+
+def check_shapes(made: ir.Model, factors: FactorSet) -> None:
+    """Of what the file says of shapes exactly that is forgotten which is no longer true."""
+    sizes = {name: array.shape for name, array in blocks.feeds(made).items()}
+    before = {v.name: shape for v, shape in shapes_of(made, sizes).items()}
+    values = [v for n in made.graph for v in n.outputs if not v.is_graph_output()]
+    said = {v: v.shape for v in values}
+    for value in values:
+        value.shape = before.get(value.name)
+    ours = rewrite(made, (factors,))
+    for value, shape in said.items():
+        value.shape = shape
+    after = {v.name: shape for v, shape in shapes_of(ours, sizes).items()}
+    told = {
+        v.name: v.shape for n in ours.graph for v in n.outputs if v.name in before and not v.is_graph_output()
+    }
+    narrower = {name for name, shape in before.items() if name in after and after[name] != shape}
+    assert narrower
+    assert {name for name, shape in told.items() if shape is None} == narrower
 
 
 @pytest.fixture
