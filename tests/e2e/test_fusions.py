@@ -17,7 +17,7 @@ import onnx_ir as ir
 import pytest
 
 from lrcompile import Budget, Options, fused
-from lrcompile.compile import Study, factors_of, first_plan, problem_of, study, workshop
+from lrcompile.compile import factors_of, first_plan, problem_of, study
 from lrcompile.interfaces import BuildOptions, CandidateOptions
 from lrcompile.lower import lower
 from lrcompile.progress import silent
@@ -25,6 +25,7 @@ from lrcompile.records import Decision, Plan
 from lrcompile.registry import runtime_of
 from lrcompile.rewrite import rewrite
 from lrcompile.store import save_model
+from lrcompile.study import Study, workshop
 
 pytest.importorskip("torch")
 pytest.importorskip("onnxruntime")
