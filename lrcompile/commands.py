@@ -25,7 +25,7 @@ from lrcompile.options import Options
 from lrcompile.plan import group_by_name
 from lrcompile.progress import Progress, silent
 from lrcompile.recheck import Published, check_stored, published_factors, runnable, stored_feeds
-from lrcompile.records import STORED, Evidence, Plan, Tradeoff
+from lrcompile.records import STORED, EngineOptions, Evidence, Plan, Tradeoff
 from lrcompile.registry import factorizations, methods_of
 from lrcompile.speed import common_forms, fast, forms_in, tuned
 from lrcompile.store import check_folder
@@ -173,8 +173,8 @@ def _with_original(
     known = replace(known, held_out=feeds)
     set_limits(child, options, known.source.model, 16 + len(feeds or ()))
     path, drawn = at_hand(known)
-    engine_options = child.engines.get(judge_in, options.engine)
-    building = folder.loading(BuildOptions(judge_in, engine=engine_options))
+    asked = child.engines.get(judge_in, EngineOptions())  # those of the target, where that is the judge
+    building = folder.loading(BuildOptions(judge_in, engine=asked))
     if known.places.unrunnable:
         checks.append(f"its engines do not run here ({known.places.unrunnable}): judged in {judge_in}")
     elif building.serialized is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -46,6 +46,24 @@ class EngineOptions:
     cuda_graph: bool = False
     provider: tuple[tuple[str, str], ...] = ()
     cpu_nodes: bool = False
+
+    @property
+    def said(self) -> tuple[str, ...]:
+        """Names of the fields of which something was said."""
+        return tuple(f.name for f in fields(self) if getattr(self, f.name) != f.default)
+
+
+def flag_of(name: str) -> str:
+    """What a field of `EngineOptions` is called on the command line."""
+    return f"--{_FLAGS.get(name, name.replace('_', '-'))}"
+
+
+_FLAGS = {
+    "shapes": "shape",
+    "capabilities": "compute-capability",
+    "streaming": "weight-streaming",
+    "provider": "provider-option",
+}
 
 
 @dataclass(frozen=True, slots=True)
