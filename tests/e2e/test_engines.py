@@ -22,7 +22,8 @@ from lrcompile import Budget, Child, Options
 from lrcompile.config import options_from
 from lrcompile.errors import BuildError, UsageError, VerificationError
 from lrcompile.interfaces import BuildOptions
-from lrcompile.recheck import Published
+from lrcompile.recheck import Published, stored_feeds
+from lrcompile.records import ShapeRange
 from tests import weight_forms
 from tests.graphs import node, normal, proto
 
@@ -98,17 +99,25 @@ def test_an_engine_is_built_and_judged_elsewhere(precision: str, home: Path, chi
     assert any("2 sets of factors" in check for check in held.checks)
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_a_precision_without_an_engine(precision: str, home: Path, child: Child) -> None:
-    out = compiled(home, child, precision, "ort-cpu")
+def test_a_precision_without_an_engine(home: Path, child: Child) -> None:
+    out = compiled(home, child, "fp16", "ort-cpu")
     assert any("2 sets of factors" in check for check in again(home, out, child).checks)
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_a_factor_that_is_wrong_in_16_bits(precision: str, home: Path, child: Child, tmp_path: Path) -> None:
-    """The negative control: what stands in the file is not what the stored outputs say, and not what its plan says."""
-    out = forged(compiled(home, child, precision, "ort-cpu"), tmp_path / "forged")
-    with pytest.raises(VerificationError, match="does not compute what outputs.json holds"):
+def test_a_precision_that_the_target_has_no_kernels_for(home: Path, child: Child) -> None:
+    with pytest.raises(BuildError, match=r"ONNX Runtime refuses model\.onnx: .* implementation for MatMul"):
+        compiled(home, child, "bf16", "ort-cpu")
+
+
+@pytest.mark.parametrize(("precision", "target"), [("fp16", "ort-cpu"), ("bf16", "trt-rtx")])
+def test_a_factor_that_is_wrong_in_16_bits(
+    precision: str, target: str, home: Path, child: Child, tmp_path: Path
+) -> None:
+    """The negative control: the outputs that are stored, and the factors that another graph holds, give it away."""
+    if target == "trt-rtx":
+        pytest.importorskip("tensorrt_rtx")
+    out = forged(compiled(home, child, precision, target), tmp_path / "forged")
+    with pytest.raises(VerificationError, match=r"does not compute what outputs\.json holds"):
         again(home, out, child)
 
 
@@ -131,24 +140,21 @@ def forged(out: Path, copy: Path) -> Path:
 
 
 def test_polygraphy_runs_what_is_published(rtx: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "polygraphy",
-        "run",
-        str(rtx / "model.onnx"),
-        "--onnxrt",
-        "--load-inputs",
-    ]
+    polygraphy = Path(sys.executable).with_name("polygraphy")
+    command = [str(polygraphy), "run", str(rtx / "model.onnx"), "--onnxrt", "--load-inputs"]
     command += [str(rtx / "inputs.json"), "--load-outputs", str(rtx / "outputs.json")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
 
-def test_shapes_reach_the_engine(rtx: Path) -> None:
-    """Twice the same options, once with other shapes: engines of one kind are of about one size, so the profile itself is asked."""
-    assert "x:[1,8],[4,8],[16,8]" in (rtx / "config.yaml").read_text()
-    assert b"x:[" not in (rtx / "engine.rtx").read_bytes()
+def test_shapes_reach_the_engine(rtx: Path, home: Path, child: Child, tmp_path: Path) -> None:
+    """What was asked for is what the builder gets: a profile whose shapes do not fit the model it refuses."""
+    assert options_from({}, rtx / "config.yaml").engine.shapes == (ShapeRange("x", (1, 8), (4, 8), (16, 8)),)
+    assert {feed["x"].shape for feed in stored_feeds(rtx)} == {(4, 8)}
+    wrong = asked(home, target="trt-rtx", capabilities="8.6", shape=["x:1x8,4x8,16x9"])
+    with pytest.raises(UsageError, match="--shape gives 'x' 16x9; the model has \\?x8"):
+        lrcompile.compile(home / "model.onnx", tmp_path / "out", wrong, child=child)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_byte_of_the_engine_is_flipped(rtx: Path, child: Child, tmp_path: Path) -> None:
