@@ -12,7 +12,7 @@ import onnx_ir as ir
 from lrcompile.benchmark import Benchmark
 from lrcompile.build import build, set_limits
 from lrcompile.child import Child
-from lrcompile.compile import first_plan, job_of, load_metric, problem_of, prove, search, study
+from lrcompile.compile import first_plan, job_of, problem_of, prove, search, study
 from lrcompile.config import asked_again
 from lrcompile.contests import Entrant, contests
 from lrcompile.cost import rows_of
@@ -29,7 +29,7 @@ from lrcompile.records import STORED, EngineOptions, Evidence, Plan, Tradeoff
 from lrcompile.registry import factorizations, methods_of
 from lrcompile.speed import common_forms, fast, forms_in, tuned
 from lrcompile.store import check_folder
-from lrcompile.study import Study, Workshop, at_hand, dense_file, drawn_for, typed, workshop
+from lrcompile.study import Study, Workshop, at_hand, dense_file, drawn_for, load_metric, typed, workshop
 from lrcompile.tables import figures
 from lrcompile.timing import CostTable
 from lrcompile.tradeoff import predicted, write_tradeoff

@@ -25,7 +25,7 @@ from lrcompile.errors import BuildError, VerificationError
 from lrcompile.factorize import annotate, factorize
 from lrcompile.factors import FactorSet
 from lrcompile.feeds import Feeds, calibration_and_held_out, inputs_of
-from lrcompile.fused import Nodes, fuse
+from lrcompile.fused import Nodes, fewer
 from lrcompile.interfaces import BuildOptions, StatisticsSource
 from lrcompile.load import load
 from lrcompile.lower import lower
@@ -52,13 +52,16 @@ from lrcompile.rewrite import jittered, reconstructed, rewrite
 from lrcompile.sensitivity import predicted
 from lrcompile.sites import find
 from lrcompile.speed import speed_feeds, speed_of, speedup, timed_problem
-from lrcompile.store import check_out, copy_folder, load_function, new_folder, remove_folder, staging
+from lrcompile.store import check_out, copy_folder, remove_folder, staging
 from lrcompile.study import (
     Study,
     Workshop,
     at_hand,
     dense_file,
+    factored_table,
+    fused,
     judged_file,
+    load_metric,
     nodes_in,
     typed,
     whole_of,
@@ -231,14 +234,6 @@ def first_plan(problem: Problem, known: Study) -> Plan:
     )
 
 
-def load_metric(given: str | Metric | None) -> Metric | None:
-    """The function that ``--metric f.py:func`` names."""
-    if not isinstance(given, str):
-        return given
-    path, _, name = given.rpartition(":")
-    return load_function(path or name, name if path else "metric")
-
-
 def problem_of(known: Study) -> Problem:
     """The candidates of every group, from which all plans choose: which are faster, where speed is asked for, and where there is data how
     far each would move the outputs.
@@ -272,7 +267,7 @@ def _attempt(chosen: Plan, job: Job, number: int) -> Attempt:
     if options.precision is not None:
         model = typed(lowered or job.source.model, job)
     if sets and model is not None and job.nodes:
-        model = _fused(model, sets, job)
+        model = fused(model, sets, job, job.nodes)
     path = save_lowered(model, job.source, job.scratch / f"trial-{number}", options.external_data)
     judged = judged_file(path, lowered or job.source.model, job)
     with build(child, judge_in, job.original) as dense, build(child, judge_in, judged) as engine:
@@ -283,23 +278,6 @@ def _attempt(chosen: Plan, job: Job, number: int) -> Attempt:
         feeds = speed_feeds(job, job.original, job.drawn)
         races = speedup(child, job.dense, path, feeds, options, job.progress)
     return Attempt(annotate(chosen, sets), sets, neutral, model, path, judged, evidence, races)
-
-
-def _fused(model: ir.Model, sets: Sequence[FactorSet], job: Job) -> ir.Model:
-    """The model with fusions of our own where the runtime's would be fewer than in the original."""
-
-    def nodes_of(made: ir.Model) -> Nodes:
-        folder = new_folder(job.scratch / "fused")
-        try:
-            return nodes_in(job, save_lowered(made, job.source, folder, job.large))
-        finally:
-            remove_folder(folder)
-
-    table = any(s.kind == "lookup" for f in sets for s in f.group.sites)
-    found = fuse(model, job.runtime.fusions(job.options.target), job.nodes, nodes_of, factored_table=table)
-    for lost in found.lost:
-        logger.warning("fewer fused operators run than in the original: %s", lost)
-    return found.model
 
 
 def factors_of(chosen: Plan, job: Study) -> tuple[FactorSet, ...]:
@@ -395,10 +373,14 @@ def _publish(
     """Everything into the staged folder; the file that was verified is the file that is published."""
     job.progress("publish", 0, 1)
     copy_folder(best.path.parent, folder)
-    evidence = replace(evidence, engine=write_engine(job, job.drawn, folder))
+    ran, words = write_engine(job, job.drawn, folder)
+    evidence = replace(evidence, engine=ran)
+    lost = fewer(job.nodes, dict(evidence.nodes), factored_table(best.sets)) if job.nodes else ()
+    fusions = (f"fewer fused operators run than in the original: {kind}" for kind in lost)
+    notes = (*job.source.notes, *filter(None, [job.drawn.note]), *words, *fusions)
     package = Package(
         job.source, job.finding, best.plan, best.sets, best.model, best.neutral if job.options.keep_functions else None, evidence,
-        job.options, (*job.source.notes, *filter(None, [job.drawn.note])), tradeoff, tuple(map(speed_of, best.races)),
+        job.options, notes, tradeoff, tuple(map(speed_of, best.races)),
     )  # fmt: skip
     try:
         engine = build(job.child, REFERENCE, best.path)

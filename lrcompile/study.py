@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,16 +29,18 @@ from lrcompile.child import Child
 from lrcompile.cost import bytes_of, is_large, rows_of
 from lrcompile.curves import Whole
 from lrcompile.errors import BuildError
+from lrcompile.factors import FactorSet
 from lrcompile.feeds import STYLES, Feeds, draw, inputs_of
-from lrcompile.fused import Nodes
+from lrcompile.fused import Nodes, fuse
 from lrcompile.interfaces import BuildOptions, Factorization, Runtime, StatisticsSource
 from lrcompile.options import Options
 from lrcompile.precision import convert, widened
 from lrcompile.progress import Progress
 from lrcompile.publish import save_lowered
-from lrcompile.records import Finding, Source
+from lrcompile.records import Built, Finding, Source
 from lrcompile.shapes import dims_of
-from lrcompile.store import Cache, default_cache
+from lrcompile.store import Cache, default_cache, load_function, new_folder, remove_folder
+from lrcompile.verify import Metric
 from lrcompile.weights import ModelWeights
 
 logger = logging.getLogger(__name__)
@@ -178,12 +180,34 @@ def nodes_in(known: Study, path: Path) -> Nodes:
         return engine.nodes()
 
 
-def write_engine(known: Study, drawn: Feeds, folder: Path) -> str:
-    """Write the serialized engine beside the model, where the target has one. What the evidence says of it."""
+def fused(model: ir.Model, sets: Sequence[FactorSet], known: Study, before: Nodes) -> ir.Model:
+    """The model with fusions of our own where the runtime's would be fewer than in the original, of which `before` run."""
+
+    def nodes_of(made: ir.Model) -> Nodes:
+        folder = new_folder(known.scratch / "fused")
+        try:
+            return nodes_in(known, save_lowered(made, known.source, folder, known.large))
+        finally:
+            remove_folder(folder)
+
+    fusions = known.runtime.fusions(known.options.target)
+    found = fuse(model, fusions, before, nodes_of, factored_table=factored_table(sets))
+    for lost in found.lost:
+        logger.warning("fewer fused operators run than in the original: %s", lost)
+    return found.model
+
+
+def factored_table(sets: Sequence[FactorSet]) -> bool:
+    """Whether a table is factored, so that what embeds and normalizes at once has nothing to read from."""
+    return any(s.kind == "lookup" for f in sets for s in f.group.sites)
+
+
+def write_engine(known: Study, drawn: Feeds, folder: Path) -> tuple[str, tuple[str, ...]]:
+    """Write the serialized engine beside the model, where the target has one. What the evidence says of it, and what a reader may know."""
     options, child = known.options, known.child
     name = known.runtime.engine_file(options.target)
     if name is None:
-        return "ran"
+        return "ran", ()
     set_limits(child, options, known.source.model, len(drawn))
     made = BuildOptions(
         options.target,
@@ -191,8 +215,20 @@ def write_engine(known: Study, drawn: Feeds, folder: Path) -> str:
         engine=child.engines[options.target],
         cache=known.cache.builders,
     )
-    child.call(
+    built: Built = child.call(
         "lrcompile.build:serialize_there", options.target, folder / "model.onnx", folder / name, made,
         what=f"building {name}",
     )  # fmt: skip
-    return f"built, not run: {known.places.unrunnable}" if known.places.unrunnable else "ran"
+    ran = f"built, not run: {known.places.unrunnable}" if known.places.unrunnable else "ran"
+    return ran, (str(built),)
+
+
+# --- the user's own ------------------------------------------------------------------------------------------------
+
+
+def load_metric(given: str | Metric | None) -> Metric | None:
+    """The function that ``--metric f.py:func`` names."""
+    if not isinstance(given, str):
+        return given
+    path, _, name = given.rpartition(":")
+    return load_function(path or name, name if path else "metric")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -68,8 +69,26 @@ _FLAGS = {
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A serialized engine. path: its file. describe: version, devices it is for. layers: each layer of it with the types it computes in."""
+    """A serialized engine. path: its file. describe: version, devices it is for. layers: each layer of it with the types it computes in,
+    ``gemm: float16, float16 -> float32``.
+    """
 
     path: Path
     describe: tuple[tuple[str, str], ...] = ()
     layers: tuple[tuple[str, str], ...] = ()
+
+    def __str__(self) -> str:
+        """What was built, for whom, and in which types its layers compute."""
+        said = dict(self.describe)
+        types = Counter(_types(layer) for _, layer in self.layers)
+        words = ", ".join(f"{n} of {kind}" for kind, n in types.most_common())
+        parts = [f"{self.path.name} is an engine of {said.get('library', 'this target')}"]
+        parts += [f"for compute capability {said['devices']}"] if "devices" in said else []
+        layers = f"; its layers ({said.get('layers', 'as built')}): {words}" if words else ""
+        return " ".join(parts) + layers + (f"; {said['widened']}" if "widened" in said else "")
+
+
+def _types(layer: str) -> str:
+    """``float16 -> float32``, each type once."""
+    sides = layer.partition(": ")[2].split(" -> ")
+    return " -> ".join("+".join(dict.fromkeys(side.split(", "))) for side in sides)

@@ -87,7 +87,13 @@ def test_an_engine_is_built_and_judged_elsewhere(precision: str, home: Path, chi
         "sha256": hashlib.sha256(engine).hexdigest(),
     }
     assert manifest["evidence"]["engine"].startswith("built, not run: ")
-    assert "built, not run: " in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert "The engine was built, not run: " in page
+    assert "engine.rtx is an engine of TensorRT-RTX" in page and "for compute capability 8.6, 12.0" in page
+    if precision != "fp32":
+        kind = {"fp16": "float16", "bf16": "bfloat16"}[precision]
+        assert f"of {kind} -&gt; {kind}" in page
+        assert f"The graph was brought to {kind}" in page
     factors = {
         t.data_type for t in onnx.load(out / "model.onnx").graph.initializer if t.name.startswith("up/")
     }
