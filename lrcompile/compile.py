@@ -367,6 +367,18 @@ def prove(
     return noise
 
 
+def _notes(best: Attempt, evidence: Evidence, engine: Sequence[str], job: Job) -> tuple[str, ...]:
+    """What a reader of the report may want to know. engine: what is to be said of that."""
+    notes = [*job.source.notes, *filter(None, [job.drawn.note]), *engine]
+    if best.judged != best.path:
+        place, precision = job.places.judge, job.options.precision
+        notes.append(f"{place} has no kernels for {precision}: judged in float32, with the same weights")
+    if job.nodes:
+        lost = fewer(job.nodes, dict(evidence.nodes), factored_table(best.sets))
+        notes += [f"fewer fused operators run than in the original: {kind}" for kind in lost]
+    return tuple(notes)
+
+
 def _publish(
     best: Attempt, evidence: Evidence, tradeoff: Tradeoff, job: Job, folder: Path, out: Path
 ) -> Result:
@@ -375,12 +387,9 @@ def _publish(
     copy_folder(best.path.parent, folder)
     ran, words = write_engine(job, job.drawn, folder)
     evidence = replace(evidence, engine=ran)
-    lost = fewer(job.nodes, dict(evidence.nodes), factored_table(best.sets)) if job.nodes else ()
-    fusions = (f"fewer fused operators run than in the original: {kind}" for kind in lost)
-    notes = (*job.source.notes, *filter(None, [job.drawn.note]), *words, *fusions)
     package = Package(
         job.source, job.finding, best.plan, best.sets, best.model, best.neutral if job.options.keep_functions else None, evidence,
-        job.options, notes, tradeoff, tuple(map(speed_of, best.races)),
+        job.options, _notes(best, evidence, words, job), tradeoff, tuple(map(speed_of, best.races)),
     )  # fmt: skip
     try:
         engine = build(job.child, REFERENCE, best.path)

@@ -80,8 +80,8 @@ class Built:
     def __str__(self) -> str:
         """What was built, for whom, and in which types its layers compute."""
         said = dict(self.describe)
-        types = Counter(_types(layer) for _, layer in self.layers)
-        words = ", ".join(f"{n} of {kind}" for kind, n in types.most_common())
+        types = Counter(_types(layer) for _, layer in self.layers if "nothing" not in layer)
+        words = ", ".join(f"{n} x {kind}" for kind, n in types.most_common())
         parts = [f"{self.path.name} is an engine of {said.get('library', 'this target')}"]
         parts += [f"for compute capability {said['devices']}"] if "devices" in said else []
         layers = f"; its layers ({said.get('layers', 'as built')}): {words}" if words else ""
