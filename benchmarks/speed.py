@@ -25,7 +25,7 @@ from typing import Any
 import lrcompile
 from lrcompile.build import build
 from lrcompile.child import Child
-from lrcompile.compile import at_hand, speed_feeds, study, workshop
+from lrcompile.compile import study
 from lrcompile.config import options_from
 from lrcompile.cost import rows_of
 from lrcompile.errors import LrcompileError
@@ -33,8 +33,9 @@ from lrcompile.plan import group_by_name
 from lrcompile.progress import silent
 from lrcompile.records import Candidate, Cost, Decision, Plan
 from lrcompile.registry import runtime_of
-from lrcompile.speed import fast
+from lrcompile.speed import fast, speed_feeds
 from lrcompile.store import sha256
+from lrcompile.study import at_hand, workshop
 from lrcompile.timing import Clock, CostTable, Form, Timing, forms_of
 from lrcompile.tune import table_of, tune
 

@@ -1,10 +1,9 @@
 """Bench: the original and the compiled model raced against each other, and the original against itself.
 
 Both engines live in one process and take turns, A B B A in one round and B A A B in the next, so that what the machine does
-meanwhile (clock, caches, neighbours) meets both alike. Runs go
-through `Engine.bound`: feeds lie, and outputs stay, where the engine computes. A round gives one ratio, time of A over time of B: above 1 the second is faster. Each round also races the
-original against itself in the same way: how far those ratios stray from 1 is the noise of this machine, and a ratio that does
-not leave it says nothing.
+meanwhile (clock, caches, neighbours) meets both alike. Runs go through `Engine.bound`: feeds lie, and outputs stay, where the engine
+computes. A round gives one ratio, time of A over time of B: above 1 the second is faster. Each round also races the original against
+itself in the same way: how far those ratios stray from 1 is the noise of this machine, and a ratio that does not leave it says nothing.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from lrcompile.errors import UsageError
 from lrcompile.interfaces import Array, BuildOptions, Engine
 from lrcompile.progress import Progress, silent
+from lrcompile.shapes import written
 
 if TYPE_CHECKING:
     from lrcompile.child import Child, RemoteEngine
@@ -238,7 +238,5 @@ def _time(run: Run, repeats: int) -> float:
 
 def shapes_of(feeds: Sequence[Mapping[str, Array]]) -> tuple[str, ...]:
     """What was fed, as trtexec writes it, each combination once."""
-    texts = (
-        ", ".join(f"{n}:{'x'.join(map(str, a.shape)) or 'scalar'}" for n, a in feed.items()) for feed in feeds
-    )
+    texts = (written({n: a.shape for n, a in feed.items()}) for feed in feeds)
     return tuple(dict.fromkeys(texts))

@@ -48,14 +48,20 @@ class Places:
     unrunnable: str = ""
 
 
-def places_for(runtime: Runtime, target: str, child: Child) -> Places:
-    """The target itself where it loads ``.onnx`` files; builders of engines are asked whether these can run here. Raises PluginError."""
-    if runtime.engine_file(target) is None:
+def places_for(runtime: Runtime, target: str, child: Child, *, building: bool = True) -> Places:
+    """The target itself where it loads ``.onnx`` files; builders of engines are asked whether these can run here.
+
+    building: raise PluginError where the target cannot be built for; else ONNX Runtime on the CPU takes its place.
+    """
+    builds = runtime.engine_file(target) is not None
+    if building and not builds:
         return Places(target, target, target)
     there: Availability = child.call("lrcompile.build:availability_of", target, what=f"looking for {target}")
-    if not there.ok:
+    if building and not there.ok:
         raise PluginError(there.reason)
-    return Places(target, REFERENCE, REFERENCE if there.unrunnable else target, there.unrunnable)
+    missing = there.unrunnable if there.ok else there.reason
+    judge = REFERENCE if missing else target
+    return Places(target, REFERENCE if builds else judge, judge, missing)
 
 
 def availability_of(target: str) -> Availability:
@@ -90,24 +96,25 @@ def ranges_of(feeds: Iterable[Feed]) -> tuple[ShapeRange, ...]:
 
 @contextlib.contextmanager
 def started(child: Child | None) -> Iterator[Child]:
-    """The given child, its limits put back afterwards, or one of our own."""
+    """The given child, its limits and engine options put back afterwards, or one of our own."""
     if child is None:
         with Child() as own:
             yield own
         return
-    deadline, memory = child.deadline, child.memory
+    before = child.deadline, child.memory, child.engines
+    child.engines = dict(child.engines)
     try:
         yield child
     finally:
-        child.deadline, child.memory = deadline, memory
+        child.deadline, child.memory, child.engines = before
 
 
-def set_limits(child: Child, options: Options, source: Source, feeds: int) -> None:
+def set_limits(child: Child, options: Options, model: ir.Model, feeds: int) -> None:
     """How long all that is built and run from now on may take together, and how much memory it may hold.
 
     Without limits of the user's: 20 seconds for a model below 10 MB, growing with weights and feeds; 4 GB and eight times the weights.
     """
-    size = bytes_of(source.model)
+    size = bytes_of(model)
     over = max(0, size - _SMALL_BYTES) / 1e6
     seconds = _SECONDS + 3.0 * over + feeds * (0.5 + 0.1 * over)
     child.deadline = time.monotonic() + (options.timeout if options.timeout is not None else seconds)

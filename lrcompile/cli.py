@@ -120,6 +120,16 @@ def _options(flags: Mapping[str, Any]) -> Options:
     return options_from(_said(flags), flags.get("config"))
 
 
+def _published(out: Path, flags: Mapping[str, Any]) -> Options:
+    """The options of a folder's own config.yaml, with the flags before them."""
+    from lrcompile.config import options_from, published_options
+
+    try:
+        return published_options(out, _said(flags))
+    except UsageError:  # it is damaged, which the command says, or a flag is wrong, which comes up again
+        return options_from(_said(flags))
+
+
 @app.command()
 @takes(output)
 def export(
@@ -216,13 +226,8 @@ def verify(
     """Check a folder; with the original, ask everything again."""
     with _screen(flags) as screen:
         from lrcompile.commands import verify as run
-        from lrcompile.config import published_options
 
-        said = _said({**flags, "max_error": max_error, "metric": metric})
-        try:
-            options = published_options(out, said)
-        except UsageError:  # it is damaged, which verify says, or a flag is wrong, which comes up again
-            options = _options(said)
+        options = _published(out, {**flags, "max_error": max_error, "metric": metric})
         held = run(out, original=original, options=options, progress=screen)
         screen.show(held, held.to_json())
 
@@ -245,7 +250,7 @@ def tune(
 
 
 @app.command()
-@takes(drawing, machine, output)
+@takes(drawing, building, machine, output)
 def bench(
     out: Folder,
     original: Annotated[
@@ -282,7 +287,7 @@ def bench(
             raise UsageError(f"--plot {plot}: the picture is an .svg file")
         raced = run(
             out, original, shapes=shape or (), batches=numbers("batches", batches), prefill=numbers("prefill", prefill),
-            decode=numbers("decode", decode), seconds=seconds, options=_options(flags), progress=screen,
+            decode=numbers("decode", decode), seconds=seconds, options=_published(out, flags), progress=screen,
         )  # fmt: skip
         if plot is not None:
             write_plot(plot, raced)

@@ -10,44 +10,30 @@ from typing import Any
 import onnx_ir as ir
 
 from lrcompile.benchmark import Benchmark
-from lrcompile.build import build, feeds_for, original_of, set_limits
+from lrcompile.build import build, set_limits
 from lrcompile.child import Child
-from lrcompile.compile import (
-    Workshop,
-    at_hand,
-    first_plan,
-    job_of,
-    load_metric,
-    problem_of,
-    search,
-    study,
-    workshop,
-)
-from lrcompile.config import published_options
+from lrcompile.compile import first_plan, job_of, problem_of, prove, search, study
+from lrcompile.config import asked_again
 from lrcompile.contests import Entrant, contests
 from lrcompile.cost import rows_of
-from lrcompile.errors import ModelError, UsageError, VerificationError
-from lrcompile.feeds import Data, Feed, Feeds, inputs_of, open_feeds
+from lrcompile.errors import BuildError, ModelError, UsageError, VerificationError
+from lrcompile.feeds import Data, Feeds, inputs_of, open_feeds
 from lrcompile.inspection import Inspection, inspection
 from lrcompile.interfaces import BuildOptions
 from lrcompile.load import load
 from lrcompile.options import Options
 from lrcompile.plan import group_by_name
 from lrcompile.progress import Progress, silent
-from lrcompile.publish import save_lowered
-from lrcompile.recheck import check_stored, published_factors, stored_feeds
-from lrcompile.records import STORED, Evidence, Plan, Source, Tradeoff
+from lrcompile.recheck import Published, check_stored, published_factors, runnable, stored_feeds
+from lrcompile.records import STORED, EngineOptions, Evidence, Plan, Tradeoff
 from lrcompile.registry import factorizations, methods_of
-from lrcompile.rewrite import jittered, reconstructed
-from lrcompile.sites import find
-from lrcompile.speed import common_forms, forms_in, tuned
+from lrcompile.speed import common_forms, fast, forms_in, tuned
 from lrcompile.store import check_folder
-from lrcompile.surgeon import scripted
+from lrcompile.study import Study, Workshop, at_hand, dense_file, drawn_for, load_metric, typed, workshop
 from lrcompile.tables import figures
 from lrcompile.timing import CostTable
 from lrcompile.tradeoff import predicted, write_tradeoff
-from lrcompile.verify import Noise, check_rewrite, judge, measure, noise_of, score
-from lrcompile.weights import ModelWeights
+from lrcompile.verify import Noise, judge, measure, score
 from lrcompile.workloads import Workload, workloads_of
 
 __all__ = ["Verification", "bench", "inspect", "plan", "tune", "verify"]
@@ -142,17 +128,16 @@ def verify(
     out = Path(out)
     document = check_folder(out)
     checks = [f"{len(document['files'])} files are as lrcompile.json lists them"]
-    options = options or published_options(out, {})
+    options = asked_again(out, options)
     with workshop(options, child) as shop:
-        published = _load_published(out, options)
-        set_limits(shop.child, options, published, 8 * len(stored_feeds(out)))
-        count = check_stored(out, published.model, document["target"], shop.child)
+        folder = _load_published(out, document, options)
+        count = _check_stored(folder, options, shop)
         checks.append(f"model.onnx computes the outputs of {count} feeds that outputs.json holds")
         if original is None:
             if data is not None or options.data is not None:
                 raise UsageError("data is for comparing with the original: give --original as well")
             return Verification(out, tuple(checks))
-        evidence = _with_original(out, document, published, original, data, options, shop, checks, progress)
+        evidence = _with_original(folder, original, data, options, shop, checks, progress)
     if evidence.verdict == "failed":
         raise VerificationError(
             f"{out}: the outputs moved further than asked for: {'; '.join(evidence.failures)}"
@@ -160,82 +145,98 @@ def verify(
     return Verification(out, tuple(checks), evidence)
 
 
-def _load_published(out: Path, options: Options) -> Source:
+def _load_published(out: Path, document: Mapping[str, Any], options: Options) -> Published:
     try:
-        return load(out / "model.onnx", allow_hardlinks=options.allow_hardlinks)
+        return Published(
+            out, document, load(out / "model.onnx", allow_hardlinks=options.allow_hardlinks).model
+        )
     except ModelError as error:
         raise VerificationError(f"{out} is damaged: {error}") from error
 
 
+def _check_stored(folder: Published, options: Options, shop: Workshop) -> int:
+    set_limits(shop.child, options, folder.model, 8 * len(stored_feeds(folder.path)))
+    return check_stored(folder, options.precision, shop.child, shop.scratch)
+
+
 def _with_original(
-    out: Path, document: Mapping[str, Any], published: Source, original: str | Path | ir.Model, data: Data | None,
-    options: Options, shop: Workshop, checks: list[str], progress: Progress,
+    folder: Published, original: str | Path | ir.Model, data: Data | None, options: Options, shop: Workshop,
+    checks: list[str], progress: Progress,
 ) -> Evidence:  # fmt: skip
-    source = scripted(load(original, allow_hardlinks=options.allow_hardlinks), options.gs_script)
-    check_source(source, original, document, out)
-    checks.append("the original is the model that it was compiled from")
-    target, child = document["target"], shop.child
     given = (
         data if data is not None else options.verify_data if options.verify_data is not None else options.data
     )
-    feeds = open_feeds(given, inputs_of(source.model), options.batch) if given is not None else None
-    set_limits(child, options, source, 16 + len(feeds or ()))
-    path = original_of(source, target, child, shop.scratch)
-    first = next(iter(feeds or ()), None)
-    drawn = feeds_for(source.model, path, child, target, seed=options.seed, dims=options.dims, like=first)
-    sentence, noise = _first_question(out, document, published, source, path, drawn, options.seed, shop)
+    known = _study_again(original, folder, options, shop, progress)
+    checks.append("the original is the model that it was compiled from")
+    child, judge_in = shop.child, known.places.judge
+    feeds = open_feeds(given, inputs_of(known.source.model), options.batch) if given is not None else None
+    known = replace(known, held_out=feeds)
+    set_limits(child, options, known.source.model, 16 + len(feeds or ()))
+    path, drawn = at_hand(known)
+    asked = child.engines.get(judge_in, EngineOptions())  # those of the target, where that is the judge
+    building = folder.loading(BuildOptions(judge_in, engine=asked))
+    if known.places.unrunnable:
+        checks.append(f"its engines do not run here ({known.places.unrunnable}): judged in {judge_in}")
+    elif building.serialized is not None:
+        checks.append(f"{building.serialized.name} is what was run")
+    judged = runnable(folder, building, options.precision, child, shop.scratch)
+    sentence, noise = _first_question(folder, known, path, drawn, judged, building)
     checks.append(sentence)
 
+    set_limits(child, options, known.source.model, 2 * len(feeds or drawn))
     judged_on = feeds or drawn
-    with build(child, target, path) as dense, build(child, target, out / "model.onnx") as engine:
+    with build(child, judge_in, path) as dense, build(child, judge_in, judged, building) as engine:
         function = load_metric(options.metric)
         metric = (function, score(function, dense, judged_on)) if function is not None else None
         evidence = measure(dense, engine, judged_on.watched("verify", progress), metric)
     limits = [limit for limit in options.budget.max_error if limit.name != "metric" or metric is not None]
-    if feeds is None and document["evidence"]["held_out"] != drawn.origin:
+    was = folder.document["evidence"]
+    if feeds is None and was["held_out"] != drawn.origin:
         limits = []  # they were asked for of the user's data
-    unchanged = document["evidence"]["verdict"] == "unchanged"
-    evidence = judge(evidence, limits, unchanged).with_noise(noise.relative)
+    evidence = judge(evidence, limits, unchanged=was["verdict"] == "unchanged").with_noise(noise.relative)
     words = "within " + ", ".join(map(str, limits)) if limits else "judged by no limit"
     checks.append(f"the outputs moved as above on {judged_on.origin}, {words}")
     return evidence
 
 
-def check_source(source: Source, given: object, document: Mapping[str, Any], out: Path) -> None:
-    """Whether a model is the one that a folder was compiled from. Raises VerificationError."""
-    was = document["source"]
-    if source.sha256 != was["sha256"] or dict(source.weights) != was["weights_sha256"]:
-        name = given if isinstance(given, (str, Path)) else "the given model"
-        raise VerificationError(f"{name} is not the model that {out} was compiled from: its SHA-256 differs")
+def _study_again(
+    original: str | Path | ir.Model, folder: Published, options: Options, shop: Workshop, progress: Progress
+) -> Study:
+    """What is known of the original, which may be asked where the target is not. Raises VerificationError where it is another model."""
+    plain = replace(options, data=None, verify_data=None, methods=("auto",))
+    known = study(original, plain, shop, progress, building=False)
+    was = folder.document["source"]
+    if known.source.sha256 != was["sha256"] or dict(known.source.weights) != was["weights_sha256"]:
+        name = original if isinstance(original, (str, Path)) else "the given model"
+        raise VerificationError(
+            f"{name} is not the model that {folder.path} was compiled from: its SHA-256 differs"
+        )
+    return known
 
 
 def _first_question(
-    out: Path, document: Mapping[str, Any], published: Source, source: Source, original: Path, drawn: Feeds, seed: int,
-    shop: Workshop,
-) -> tuple[str, Noise]:  # fmt: skip
+    folder: Published, known: Study, original: Path, drawn: Feeds, judged: Path, building: BuildOptions
+) -> tuple[str, Noise]:
     """Whether the published graph computes what the factors in it say: a sentence, and the original's noise."""
-    target, child = document["target"], shop.child
-    decisions = Plan.from_json(document["plan"]).rewritten
-    groups = group_by_name(find(source.model))
+    decisions = Plan.from_json(folder.document["plan"]).rewritten
+    groups = group_by_name(known.finding)
     if unknown := [d.group for d in decisions if d.group not in groups]:
-        raise VerificationError(f"{out}: its plan rewrites {unknown[0]!r}, which the original has not")
-    sets = published_factors(decisions, groups, methods_of([d.method for d in decisions]), published.model)
-    if not sets:
-        why = (
-            "no weight was rewritten"
-            if sets is not None
-            else "the published graph holds its factors in another form"
-        )
-        return f"the rewrite was not asked again: {why}", noise_of(child, target, original, None, drawn)
-    matrix = ModelWeights(shop.cache, source.opset).matrix
-    shaken = save_lowered(jittered(source.model, sets, matrix, seed), source, shop.scratch / "jittered")
-    noise = noise_of(child, target, original, shaken, drawn)
-    oracle = save_lowered(reconstructed(source.model, sets), source, shop.scratch / "oracle")
-    if wrong := check_rewrite(child, target, oracle, out / "model.onnx", noise, drawn):
         raise VerificationError(
-            f"{out}: the published graph does not compute what its factors say: {'; '.join(wrong)}"
+            f"{folder.path}: its plan rewrites {unknown[0]!r}, which the original has not"
         )
-    return f"the published graph computes what its {len(sets)} sets of factors say", noise
+    sets = published_factors(decisions, groups, methods_of([d.method for d in decisions]), folder.model)
+    widen = judged != folder.file
+    noise = prove(
+        judged, sets or (), known, original, drawn, widen=widen, building=building, what=f"{folder.path}: the published graph"
+    )  # fmt: skip
+    if sets:
+        return f"the published graph computes what its {len(sets)} sets of factors say", noise
+    why = (
+        "no weight was rewritten"
+        if sets is not None
+        else "the published graph holds its factors in another form"
+    )
+    return f"the rewrite was not asked again: {why}", noise
 
 
 # --- tune ---------------------------------------------------------------------------------------------------------
@@ -297,43 +298,41 @@ def bench(
     child: Child | None = None,
     progress: Progress = silent,
 ) -> Benchmark:
-    """Race a published folder's model against the original, both in one process, on the folder's target.
+    """Race a published folder's model against the original in the same precision, both in one process, on the folder's target.
 
     Feeds: drawn in the `shapes` (``x:1x64`` or ``x:[1,64]``; an input that is named again begins another workload), at the `batches`,
     for decoders of `prefill` tokens or one token after `decode`; else options.data, else the folder's own. seconds: for each workload;
-    at 0 memory and roofline are left out. Raises UsageError.
+    at 0 memory and roofline are left out. Raises UsageError, and BuildError where the target does not run here.
     """
     out = Path(out)
     document = check_folder(out)
-    options = options or Options(target=document["target"])
+    options = asked_again(out, options)
     options.check()
-    target = document["target"]
     with workshop(options, child) as shop:
-        source = scripted(load(original, allow_hardlinks=options.allow_hardlinks), options.gs_script)
-        check_source(source, original, document, out)
-        set_limits(shop.child, options, source, 0)
-        path = original_of(source, target, shop.child, shop.scratch)
+        folder = _load_published(out, document, options)
+        known = _study_again(original, folder, options, shop, progress)
+        if known.places.unrunnable:
+            raise BuildError(
+                f"engines of {folder.target} do not run here, so there is nothing to time: {known.places.unrunnable}"
+            )
+        child, source = shop.child, known.source
+        set_limits(child, options, source.model, 0)
+        path, _ = at_hand(known)
         inputs = inputs_of(source.model)
         wanted = workloads_of(inputs, shapes=shapes, batches=batches, prefill=prefill, decode=decode)
-
-        def drawn(dims: Mapping[str, int]) -> list[Feed]:
-            both = {**options.dims, **dims}
-            return list(
-                feeds_for(source.model, path, shop.child, target, seed=options.seed, dims=both, like=None)
-            )
-
         if wanted:
-            work = [(w, drawn(w.dims)) for w in wanted]
+            work = [(w, list(drawn_for(known, path, {**options.dims, **w.dims}))) for w in wanted]
         elif options.data is not None:
             work = [(Workload("", {}), list(open_feeds(options.data, inputs, options.batch)))]
         else:
             work = [(Workload("", {}), stored_feeds(out))]
-        shop.child.deadline = (
-            None  # from here on each request is a few rounds, which have a limit of their own
-        )
+        building = fast(options, [feed for _, feeds in work for feed in feeds])
+        loading = folder.loading(building)
+        if loading.serialized is not None:  # it was built with the most accurate kernels: both are
+            building, loading = replace(building, exact=True), replace(loading, exact=True)
+        dense = Entrant(dense_file(known, path), typed(source.model, known), building)
+        child.deadline = None  # from here on each request is a few rounds, which have a limit of their own
         return contests(
-            Entrant(path, source.model), Entrant(out / "model.onnx", _load_published(out, options).model), work,
-            BuildOptions(target, threads=options.threads, exact=False), child=shop.child, seconds=seconds,
-            timeout=options.timeout, cache=shop.cache.root / "ceilings" if seconds else None, scratch=shop.scratch,
-            progress=progress,
+            dense, Entrant(folder.file, folder.model, loading), work, child=child, seconds=seconds, timeout=options.timeout,
+            cache=shop.cache.root / "ceilings" if seconds else None, scratch=shop.scratch, progress=progress,
         )  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -201,6 +201,16 @@ def published_options(out: Path, flags: Mapping[str, Any]) -> Options:
         limits = _read(out / "config.yaml").get("max_error", ())
         said["max_error"] = tuple(limit for limit in limits if limit.name != "metric")
     return options_from(said, out / "config.yaml")
+
+
+def asked_again(out: Path, options: Options | None) -> Options:
+    """The given options for a published folder: its target, and where they say nothing its precision and engine options."""
+    published = published_options(out, {})
+    if options is None:
+        return published
+    engine = published.engine if options.engine == EngineOptions() else options.engine
+    precision = options.precision or published.precision
+    return replace(options, target=published.target, precision=precision, engine=engine)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -27,17 +27,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Entrant:
-    """A model that is raced: its file, and the same as a graph."""
+    """A model that is raced: its file, the same as a graph, and how its engine is built or loaded."""
 
     path: Path
     model: ir.Model
+    building: BuildOptions
 
 
 def contests(
     original: Entrant,
     compiled: Entrant,
     workloads: Sequence[tuple[Workload, Sequence[Feed]]],
-    building: BuildOptions,
     *,
     child: Child,
     seconds: float,
@@ -47,9 +47,12 @@ def contests(
     progress: Progress,
 ) -> Benchmark:
     """All workloads. cache: where ceilings are kept; None: memory and roofline are left out. Raises BuildError as the engines do."""
-    target, threads = building.target, building.threads
+    target, threads = original.building.target, original.building.threads
     rows, described = [], dict[str, str]()
-    with child.build(target, original.path, building) as a, child.build(target, compiled.path, building) as b:
+    with (
+        child.build(target, original.path, original.building) as a,
+        child.build(target, compiled.path, compiled.building) as b,
+    ):
         described = a.describe()
         for workload, feeds in workloads:
             run = contest(
@@ -72,9 +75,9 @@ def contests(
         return Benchmark(target, threads, tuple(rows))
     findings = find(original.model), find(compiled.model)
     dtypes = tuple(map(computing_type, findings))
-    ceilings = [_ceilings(child, building, described, t, cache, scratch) for t in dtypes]
+    ceilings = [_ceilings(child, original.building, described, t, cache, scratch) for t in dtypes]
     for i, (_, feeds) in enumerate(workloads):
-        used = [peak_memory(e.path, building, feeds[0], timeout) for e in (original, compiled)]
+        used = [peak_memory(e.path, e.building, feeds[0], timeout) for e in (original, compiled)]
         rows[i] = replace(
             rows[i],
             memory=(used[0], used[1]),

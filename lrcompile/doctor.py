@@ -19,7 +19,7 @@ from lrcompile import registry
 from lrcompile.child import Child
 from lrcompile.errors import LrcompileError
 from lrcompile.footprint import nvidia_smi
-from lrcompile.interfaces import BuildOptions, Runtime
+from lrcompile.interfaces import Availability, BuildOptions, Runtime
 from lrcompile.records import EngineOptions, ShapeRange
 from lrcompile.store import default_cache, new_folder
 
@@ -117,7 +117,12 @@ def _targets() -> Iterator[Check]:
 
 
 def _target(runtime: Runtime, target: str, child: Child, path: Path, expected: np.ndarray[Any, Any]) -> Check:
-    available = runtime.availability(target)
+    try:
+        available: Availability = child.call(
+            "lrcompile.build:availability_of", target, what=f"looking for {target}"
+        )
+    except LrcompileError as error:
+        return Check("target", target, False, str(error), remedy="see its installation guide")
     versions = ", ".join(f"{name} {version}" for name, version in available.versions)
     if not available.ok:
         return Check("target", target, False, "not available", remedy=available.reason)

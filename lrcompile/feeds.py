@@ -50,6 +50,12 @@ class Input:
     dtype: np.dtype[Any]
     shape: tuple[int | str | None, ...] | None
 
+    def free(self, axis: int) -> str | None:
+        """What a dimension without a fixed length is called; None: it has one."""
+        assert self.shape is not None
+        dim = self.shape[axis]
+        return None if isinstance(dim, int) else dim if dim is not None else f"{self.name}#{axis}"
+
 
 @dataclass(frozen=True, slots=True)
 class Feeds:

@@ -13,8 +13,7 @@ from dataclasses import dataclass, field, replace
 import onnx_ir as ir
 
 from lrcompile.child import Child
-from lrcompile.compile import Study, factors_of, first_plan, job_of, problem_of, prove, study, workshop
-from lrcompile.cost import is_large
+from lrcompile.compile import factors_of, first_plan, problem_of, prove, study
 from lrcompile.errors import ModelError, UsageError
 from lrcompile.factorize import annotate
 from lrcompile.factors import FactorSet
@@ -25,6 +24,7 @@ from lrcompile.progress import Progress, silent
 from lrcompile.publish import save_lowered
 from lrcompile.records import Finding, Plan
 from lrcompile.rewrite import rewrite
+from lrcompile.study import Study, at_hand, judged_file, typed, workshop
 
 # Where the plan lies on the model that a pass gives: `Sequential` and `PassManager` hand on models, not results.
 PLAN = "lrcompile.plan"
@@ -51,7 +51,7 @@ class LowRankPass(ir.passes.FunctionalPass):
     for whoever judges the result. What an earlier `LowRankPass` made is left alone, so repeated passes come to an end.
 
     options: budget, methods, data, include, exclude, plan, seed, target, cache and limits; those about publishing are not
-    looked at. inline: plain ONNX for the target; else each rewritten site is a call of a local function.
+    looked at. precision: what the whole graph computes in. inline: plain ONNX for the target; else each rewritten site is a call of a local function.
     verify: ask in another process, before anything is returned, whether the rewritten model computes what its factors say.
     child: that process, one of our own when none is given.
 
@@ -73,6 +73,10 @@ class LowRankPass(ir.passes.FunctionalPass):
         if not options.budget.bounds_size and options.plan is None:
             raise UsageError(
                 "a pass needs a budget that bounds the size (keep, size, flops, energy or rank) or a plan"
+            )
+        if options.precision is not None and not inline:
+            raise UsageError(
+                "a graph changes its precision without local functions: leave precision or inline=False out"
             )
         self._options = options.completed()
         self._inline, self._verify = inline, verify
@@ -98,12 +102,13 @@ class LowRankPass(ir.passes.FunctionalPass):
                 made = rewrite(known.source.model, sets)
                 if self._inline:
                     made = lower(made, known.runtime.lowering(options.target))
-                if self._verify:
-                    _check(made, sets, known)
+            lowered, made = made, typed(made, known)
+            if sets and self._verify:
+                _check(made, lowered, sets, known)
         made.meta.update(model.meta)
         if sets or PLAN not in made.meta:  # a second time round the plan that rewrote stays
             made.meta[PLAN] = plan
-        return LowRankResult(made, bool(sets), plan, sets, known.source.notes)
+        return LowRankResult(made, bool(sets) or made is not lowered, plan, sets, known.source.notes)
 
 
 def _untouched(finding: Finding) -> Finding:
@@ -113,7 +118,9 @@ def _untouched(finding: Finding) -> Finding:
     return Finding(tuple(site for site in finding.sites if site not in ours), groups)
 
 
-def _check(made: ir.Model, sets: tuple[FactorSet, ...], known: Study) -> None:
-    """Verification's first question. Raises VerificationError, and BuildError where the target cannot run the model."""
-    large = is_large(known.source.model) or None
-    prove(save_lowered(made, known.source, known.scratch / "made", large), sets, job_of(known))
+def _check(made: ir.Model, lowered: ir.Model, sets: tuple[FactorSet, ...], known: Study) -> None:
+    """Verification's first question. Raises VerificationError, and BuildError where nothing here can run the model."""
+    original, drawn = at_hand(known)
+    path = save_lowered(made, known.source, known.scratch / "made", known.large)
+    judged = judged_file(path, lowered, known)
+    prove(judged, sets, known, original, drawn, widen=judged != path)

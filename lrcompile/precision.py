@@ -49,11 +49,9 @@ _NUMPY: Mapping[ir.DataType, Any] = {
 
 def convert(model: ir.Model, precision: Precision) -> ir.Model:
     """A copy that computes in that type, local functions inlined; the model itself when nothing in it would change."""
-    if precision == "fp32":
+    if (found := _analysed(model, precision)) is None:
         return model
-    copy, uses = _analysed(model, HALVES[precision])
-    if not uses.low:
-        return model
+    copy, uses = found
     before = [_interface(b.graph) for b in bodies(copy)]
     notes = _Converter(copy, uses).run()
     assert before == [_interface(b.graph) for b in bodies(copy)]
@@ -65,14 +63,31 @@ def convert(model: ir.Model, precision: Precision) -> ir.Model:
 
 def widened(model: ir.Model, precision: Precision) -> ir.Model:
     """A copy that computes in float32 with the weights of `convert`: what judges it where a runtime has no kernel."""
-    if precision == "fp32":
+    if (found := _analysed(model, precision)) is None:
         return model
-    copy, uses = _analysed(model, HALVES[precision])
-    if not uses.low:
-        return model
+    copy, uses = found
     for value in _constants(copy, uses.types):
         if uses.wants_half(value):
             _store(value, _rounded(_tensor(value), uses.half, widen=True))
+    return copy
+
+
+def refloated(model: ir.Model, precision: Precision) -> ir.Model:
+    """A copy of what `convert` gave that computes in float32 with the same weights: `widened`, where only that file is left."""
+    half, copy = HALVES[precision], model.clone()
+    made = [v for b in bodies(copy) for v in b.graph.initializers.values()]
+    for _, node in nodes(copy):
+        made += node.outputs
+        if node.op_type == "Cast" and node.attributes["to"].as_int() == half:
+            node.attributes.add(ir.AttrInt64("to", int(FLOAT)))
+        for attribute in list(node.attributes.values()):
+            if attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype == half:
+                tensor = _rounded(attribute.as_tensor(), half, widen=True)
+                node.attributes.add(ir.AttrTensor(attribute.name, tensor))
+    for value in (v for v in made if v.dtype == half):
+        if value.const_value is not None:
+            value.const_value = _rounded(value.const_value, half, widen=True)
+        value.type = ir.TensorType(FLOAT)
     return copy
 
 
@@ -122,14 +137,18 @@ class _Uses:
         return value.is_graph_output() or any(self.wants(n, i) == FLOAT for n, i in value.uses())
 
 
-def _analysed(model: ir.Model, half: ir.DataType) -> tuple[ir.Model, _Uses]:
-    """A copy without functions, and what is to be done to it."""
+def _analysed(model: ir.Model, precision: Precision) -> tuple[ir.Model, _Uses] | None:
+    """A copy without functions, and what is to be done to it; None: nothing."""
+    if precision == "fp32":
+        return None
+    half = HALVES[precision]
     copy = model.clone()
     if copy.functions:
         common.InlinePass()(copy)
     opset = opset_of(copy)
     types = types_of(copy, opset)
-    return copy, _Uses(half, opset, types, frozenset(lowered_nodes(copy, types, half)))
+    low = frozenset(lowered_nodes(copy, types, half))
+    return (copy, _Uses(half, opset, types, low)) if low else None
 
 
 def _constants(model: ir.Model, types: Mapping[ir.Value, ir.DataType]) -> list[ir.Value]:

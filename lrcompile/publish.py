@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -189,11 +189,7 @@ def configuration(options: Options) -> dict[str, Any]:
 
 def _engine(engine: EngineOptions) -> dict[str, Any]:
     """What was said of how the engine is built, in the words of a configuration."""
-    said: dict[str, Any] = {
-        f.name: v
-        for f in fields(engine)
-        if (v := getattr(engine, f.name)) != f.default and f.name != "shapes"
-    }
+    said: dict[str, Any] = {name: getattr(engine, name) for name in engine.said if name != "shapes"}
     if engine.provider:
         said["provider"] = dict(engine.provider)
     if engine.capabilities:

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 from polygraphy.json import load_json
 
-from lrcompile.child import Child, RemoteEngine
+from lrcompile.build import REFERENCE, build
+from lrcompile.child import Child
+from lrcompile.cost import is_large
 from lrcompile.errors import BuildError, VerificationError
 from lrcompile.factors import FactorSet
 from lrcompile.feeds import Feed, inputs_of
 from lrcompile.graph import dims
 from lrcompile.interfaces import Array, BuildOptions, Factorization, Factors
 from lrcompile.lean import without_torch
-from lrcompile.records import Decision, Group, Site
+from lrcompile.precision import refloated
+from lrcompile.records import Decision, Group, Precision, Site
+from lrcompile.registry import runtime_of
+from lrcompile.store import new_folder, save_model
 from lrcompile.verify import differences, noise_of
 from lrcompile.weights import storage_of
 
-REFERENCE = "ort-cpu"  # what the stored outputs were computed in, whatever the target
+logger = logging.getLogger(__name__)
 
 
 class Stored:
@@ -65,11 +72,53 @@ def _read(path: Path) -> Any:
         raise VerificationError(f"{path.parent} is damaged: {path.name} cannot be read: {error}") from error
 
 
-def check_stored(out: Path, model: ir.Model, target: str, child: Child) -> int:
+@dataclass(frozen=True, slots=True, eq=False)
+class Published:
+    """A folder whose files are as its manifest lists them. model: what model.onnx holds."""
+
+    path: Path
+    document: Mapping[str, Any]
+    model: ir.Model
+
+    @property
+    def file(self) -> Path:
+        return self.path / "model.onnx"
+
+    @property
+    def target(self) -> str:
+        return str(self.document["target"])
+
+    def loading(self, options: BuildOptions) -> BuildOptions:
+        """These options, but that the folder's engine file is loaded, where it has one of this target; its SHA-256 must be as listed."""
+        name = runtime_of(options.target).engine_file(options.target) or ""
+        listed = self.document["files"].get(name)
+        if listed is None or options.target != self.target:
+            return options
+        return replace(options, serialized=self.path / name, sha256=listed["sha256"])
+
+
+def runnable(
+    folder: Published, building: BuildOptions, precision: Precision | None, child: Child, scratch: Path
+) -> Path:
+    """The published file, or where its place has no kernels for 16 bits, a copy that computes in float32 with the same weights."""
+    if precision in (None, "fp32") or building.serialized is not None:
+        return folder.file
+    try:
+        build(child, building.target, folder.file, building).close()
+        return folder.file
+    except BuildError as error:
+        logger.info("%s; it is judged with float32 kernels", error)
+    widened = refloated(folder.model, precision)
+    return save_model(widened, new_folder(scratch / "widened"), external=is_large(widened) or None)
+
+
+def check_stored(folder: Published, precision: Precision | None, child: Child, scratch: Path) -> int:
     """Compute the stored outputs again and hold them against the file, strictly. Returns how many feeds there were.
 
-    Raises VerificationError with all that differs.
+    In ONNX Runtime on the CPU, and where that has no kernel for a type as it was done when they were published: in the target's own
+    runtime, or in float32. Raises VerificationError with all that differs.
     """
+    out, model = folder.path, folder.model
     feeds, outputs = stored_feeds(out), stored_outputs(out)
     if len(feeds) != len(outputs):
         raise VerificationError(
@@ -87,10 +136,9 @@ def check_stored(out: Path, model: ir.Model, target: str, child: Child) -> int:
             raise VerificationError(
                 f"{out} is damaged: outputs.json holds {sorted(row)}, model.onnx gives {sorted(map(str, names))}"
             )
-    path = out / "model.onnx"
-    engine, target = _engine(path, target, child)
-    with engine:
-        noise = noise_of(child, target, path, None, feeds)
+    place, path = _where_stored(folder, precision, child, scratch)
+    with build(child, place, path) as engine:
+        noise = noise_of(child, place, path, None, feeds)
         wrong = differences(Stored(outputs), engine, noise, feeds, "outputs.json")
     if wrong:
         raise VerificationError(
@@ -99,14 +147,16 @@ def check_stored(out: Path, model: ir.Model, target: str, child: Child) -> int:
     return len(feeds)
 
 
-def _engine(path: Path, target: str, child: Child) -> tuple[RemoteEngine, str]:
-    """In ONNX Runtime on the CPU, and where that has no kernel for a type in the target's own runtime: as when published."""
+def _where_stored(
+    folder: Published, precision: Precision | None, child: Child, scratch: Path
+) -> tuple[str, Path]:
+    if folder.target == REFERENCE or folder.document["evidence"]["engine"] != "ran":
+        return REFERENCE, runnable(folder, BuildOptions(REFERENCE), precision, child, scratch)
     try:
-        return child.build(REFERENCE, path, BuildOptions(REFERENCE)), REFERENCE
+        build(child, REFERENCE, folder.file).close()
+        return REFERENCE, folder.file
     except BuildError:
-        if target == REFERENCE:
-            raise
-        return child.build(target, path, BuildOptions(target)), target
+        return folder.target, folder.file
 
 
 def published_factors(

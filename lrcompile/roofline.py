@@ -13,7 +13,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,8 @@ import onnx_ir as ir
 
 from lrcompile.cost import dense_flops, rows_of
 from lrcompile.interfaces import Array, BuildOptions, Engine
-from lrcompile.records import Finding
+from lrcompile.records import Finding, ShapeRange
+from lrcompile.registry import runtime_of
 from lrcompile.store import new_folder, read_json, save_model, write_json
 
 if TYPE_CHECKING:
@@ -99,6 +100,9 @@ def _seconds(
     child: Child, options: BuildOptions, model: ir.Model, shapes: Mapping[str, tuple[int, ...]], dtype: str, folder: Path
 ) -> float:  # fmt: skip
     path = save_model(model, new_folder(folder))
+    builds = runtime_of(options.target).engine_file(options.target) is not None
+    ranges = tuple(ShapeRange(n, s, s, s) for n, s in shapes.items()) if builds else ()
+    options = replace(options, engine=replace(options.engine, shapes=ranges))
     with child.build(options.target, path, options) as engine:
         seconds: float = child.call(
             "lrcompile.roofline:quickest",

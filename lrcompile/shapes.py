@@ -44,16 +44,21 @@ def dims_of(shapes: Mapping[str, tuple[int, ...]], inputs: Sequence[Input]) -> d
             raise UsageError(
                 f"--shape: the model has no input {name!r}; it reads {', '.join(known) or 'nothing'}"
             )
-        wanted = known[name].shape
-        if wanted is None:
+        given = known[name]
+        if given.shape is None:
             raise UsageError(f"--shape: the model does not say which rank {name!r} has: give --data")
-        if len(wanted) != len(shape):
-            raise UsageError(f"--shape: input {name!r} has {len(wanted)} axes, not {len(shape)}")
-        for axis, (dim, size) in enumerate(zip(wanted, shape, strict=True)):
-            free = f"{name}#{axis}" if dim is None else dim
-            if isinstance(free, int):
-                if free != size:
-                    raise UsageError(f"--shape: axis {axis} of {name!r} is {free}, not {size}")
+        if len(given.shape) != len(shape):
+            raise UsageError(f"--shape: input {name!r} has {len(given.shape)} axes, not {len(shape)}")
+        for axis, size in enumerate(shape):
+            free = given.free(axis)
+            if free is None:
+                if given.shape[axis] != size:
+                    raise UsageError(f"--shape: axis {axis} of {name!r} is {given.shape[axis]}, not {size}")
             elif dims.setdefault(free, size) != size:
                 raise UsageError(f"--shape: {free!r} would be both {dims[free]} and {size}")
     return dims
+
+
+def written(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Shapes as trtexec writes them: ``x:1x64, y:scalar``."""
+    return ", ".join(f"{name}:{'x'.join(map(str, shape)) or 'scalar'}" for name, shape in shapes.items())

@@ -6,30 +6,32 @@ Both ask the runtime itself: `timed_problem` fills the cost table where it lacks
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lrcompile.bench import Race, race
-from lrcompile.build import build
+from lrcompile.build import build, engine_options, ranges_of
 from lrcompile.cost import rows_of
 from lrcompile.curves import Problem, timed
 from lrcompile.errors import UsageError
-from lrcompile.interfaces import BuildOptions, Factorization, Rewrite
-from lrcompile.micro import micro
+from lrcompile.interfaces import BuildOptions
+from lrcompile.micro import feed_of, micro
 from lrcompile.options import Options
 from lrcompile.progress import Progress
-from lrcompile.records import STORED, Finding, Source, Speed
+from lrcompile.records import STORED, Finding, Speed
 from lrcompile.registry import factorization, factorizations, runtime_of
 from lrcompile.store import new_folder, save_model
+from lrcompile.study import Study, at_hand, dense_file, drawn_for, shaped_dims
 from lrcompile.timing import Clock, CostTable, Form, standard_forms
 from lrcompile.tune import RANKS, keep, shipped, table_of, tune, wanted_of
 
 if TYPE_CHECKING:
     from lrcompile.child import Child, RemoteEngine
-    from lrcompile.feeds import Feed
+    from lrcompile.feeds import Feed, Feeds
 
 logger = logging.getLogger(__name__)
 
@@ -39,65 +41,75 @@ _ON_GPU = ((1024, 4096), (1, 16, 128, 1024, 4096), "float16")
 _PROBE = Form("dense", "linear", 8, (8,), None, "float")
 _RACE = 3.0  # seconds for each shape
 _LIMIT = 120.0  # seconds for the timing of one engine
+_LOOKED_AT, _RACED = 32, 3  # feeds among which shapes are looked for, and how many shapes are raced
 
 
-def fast(options: Options) -> BuildOptions:
-    """How an engine is built that is timed: with the kernels that users get, not with the most accurate ones."""
-    return BuildOptions(options.target, threads=options.threads, exact=False, engine=options.engine)
+def fast(options: Options, feeds: Iterable[Feed] = ()) -> BuildOptions:
+    """How an engine is built that is timed: with the kernels that users get, not with the most accurate ones, for these feeds."""
+    engine = options.engine
+    if (
+        runtime_of(options.target).engine_file(options.target) is not None
+    ):  # a builder must know which shapes will come
+        engine = replace(engine, shapes=engine_options(options, ranges_of(feeds)).shapes)
+    return BuildOptions(options.target, threads=options.threads, exact=False, engine=engine)
 
 
-def timed_problem(
-    problem: Problem, source: Source, finding: Finding, methods: Mapping[str, Factorization], lowering: Sequence[Rewrite],
-    dense: Path, feed: Feed, options: Options, *, child: Child, costs: Path, scratch: Path, runs: bool, progress: Progress,
-) -> tuple[Problem, str]:  # fmt: skip
-    """The problem with only those forms that are expected to be faster at this feed, and where the times come from, in a sentence.
+def speed_feeds(known: Study, original: Path, drawn: Feeds) -> list[Feed]:
+    """One feed of each shape at which speed counts: what ``--shape`` names, or the user's data has, or what was drawn."""
+    if known.options.engine.shapes:
+        return [next(iter(drawn_for(known, original, shaped_dims(known))))]
+    given = known.held_out or known.calibration or drawn
+    by_shape = {tuple(a.shape for a in feed.values()): feed for feed in itertools.islice(given, _LOOKED_AT)}
+    return list(by_shape.values())[:_RACED]
 
-    dense: the original, in the precision that was asked for. runs: whether the target's engines run here; where they do not, a table that
-    is shipped stands in. Raises UsageError where there is none.
+
+def timed_problem(problem: Problem, known: Study) -> tuple[Problem, str]:
+    """The problem with only those forms that are expected to be faster, and where the times come from, in a sentence.
+
+    At the first of the shapes that count. Where the target's engines do not run here, a table that is shipped stands in. Raises
+    UsageError where there is none.
     """
-    rows, dtype = (
-        rows_of(source.model, finding, feed),
-        STORED[options.precision] if options.precision else None,
-    )
+    options, methods = known.options, known.methods
+    original, drawn = at_hand(known)
+    feed = speed_feeds(known, original, drawn)[0]
+    rows = rows_of(known.source.model, known.finding, feed)
+    dtype = STORED[options.precision] if options.precision else None
     assert problem.whole is not None
-    if not runs:
+    if known.places.unrunnable:
         table = shipped(options.target, options.threads)
         if table is None:
             raise UsageError(
-                f"nothing is known of the speed of {options.target}, whose engines do not run here: compile where they do, or ask for "
-                "--objective size or flops"
+                f"nothing is known of the speed of {options.target}, whose engines do not run here ({known.places.unrunnable}): compile "
+                "where they do, or ask for --objective size or flops"
             )
         clock = Clock(table, dtype)
-        known = [clock.of(c.group, None, None, rows) for c in problem.curves if c.group.shares_weight]
-        seconds = sum(s for s in known if s is not None)
-        whole = replace(problem.whole, rows=rows, seconds=seconds)
-        source_of_times = f"times are those of {table.device}, {table.version}, which come with lrcompile: nothing was measured here"
+        dense = [clock.of(c.group, None, None, rows) for c in problem.curves if c.group.shares_weight]
+        seconds = sum(s for s in dense if s is not None)
+        words = f"times are those of {table.device}, {table.version}, which come with lrcompile: nothing was measured here"
     else:
-        table, seconds = _measured(
-            problem, source, methods, lowering, dense, feed, rows, options, child, costs, scratch, progress
-        )
+        table, seconds = _measured(problem, known, dense_file(known, original), feed, rows, dtype)
         clock = Clock(table, dtype)
-        whole = replace(problem.whole, rows=rows, seconds=seconds)
-        source_of_times = f"times were measured on {table.device}, {table.version}"
-    return timed(
+        words = f"times were measured on {table.device}, {table.version}"
+    whole = replace(problem.whole, rows=rows, seconds=seconds)
+    paying = timed(
         problem, lambda g, c: clock.of(g, c, methods[c.method] if c else None, rows), whole, options.margin
-    ), source_of_times
+    )
+    return paying, words
 
 
 def _measured(
-    problem: Problem, source: Source, methods: Mapping[str, Factorization], lowering: Sequence[Rewrite], dense: Path, feed: Feed,
-    rows: Mapping[str, int], options: Options, child: Child, costs: Path, scratch: Path, progress: Progress,
-) -> tuple[CostTable, float]:  # fmt: skip
+    problem: Problem, known: Study, dense: Path, feed: Feed, rows: Mapping[str, int], dtype: str | None
+) -> tuple[CostTable, float]:
     """The target's table with all that the problem asks about, and seconds of a run of the original."""
+    options, child, costs = known.options, known.child, known.cache.costs
     deadline, child.deadline = child.deadline, None  # each build and timing has a limit of its own
     try:
-        with build(child, options.target, dense, fast(options)) as engine:
+        with build(child, options.target, dense, fast(options, [feed])) as engine:
             described, seconds = engine.describe(), seconds_of(engine, feed, options, child)
         table = tune(
-            table_of(options.target, described, options.threads, costs),
-            wanted_of(problem, methods, rows, STORED[options.precision] if options.precision else None), methods=methods,
-            lowering=lowering, build=fast(options), opset=source.opset, seed=options.seed, child=child, scratch=scratch,
-            progress=progress,
+            table_of(options.target, described, options.threads, costs), wanted_of(problem, known.methods, rows, dtype),
+            methods=known.methods, lowering=known.runtime.lowering(options.target), build=fast(options), opset=known.source.opset,
+            seed=options.seed, child=child, scratch=known.scratch, progress=known.progress,
         )  # fmt: skip
     finally:
         child.deadline = deadline
@@ -125,7 +137,8 @@ def tuned(
     runtime = runtime_of(options.target)
     child.deadline = None
     probe = save_model(micro(_PROBE, 1, factorization("dense"), (), opset, 0), new_folder(scratch / "probe"))
-    with build(child, options.target, probe, fast(options)) as engine:
+    unshaped = replace(options, engine=replace(options.engine, shapes=()))  # they are of inputs of a model
+    with build(child, options.target, probe, fast(unshaped, [feed_of(_PROBE, 1, 8, 0)])) as engine:
         described = engine.describe()
     table = tune(
         table_of(options.target, described, options.threads, costs), wanted, methods=factorizations(),
@@ -170,7 +183,7 @@ def speedup(
         return tuple(
             race(
                 child, options.target, dense, compiled, [feed], threads=options.threads, seconds=_RACE,
-                timeout=options.timeout, progress=progress, options=fast(options),
+                timeout=options.timeout, progress=progress, options=fast(options, feeds),
             )
             for feed in feeds
         )  # fmt: skip

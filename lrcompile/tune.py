@@ -19,12 +19,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lrcompile.build import ranges_of
 from lrcompile.curves import Curve, Problem
 from lrcompile.errors import BuildError, LrcompileError
 from lrcompile.interfaces import Array, BuildOptions, Engine, Factorization, Rewrite
 from lrcompile.micro import copies_of, feed_of, micro
 from lrcompile.progress import Progress, silent
 from lrcompile.records import Candidate
+from lrcompile.registry import runtime_of
 from lrcompile.store import new_folder, read_json, read_text, remove_folder, save_model, write_json
 from lrcompile.timing import CostTable, Form, Timing, by_form, can_be_timed, forms_of, gaps, ranks_to_measure
 
@@ -77,6 +79,10 @@ def _measured(
     copies = copies_of(form, max(rows))
     model = micro(form, copies, methods[form.method], lowering, opset, seed)
     path = save_model(model, folder, external=True)
+    # what the user says of shapes is said of his model's inputs
+    shapes = ranges_of(feed_of(form, copies, count, seed) for count in rows)
+    builds = runtime_of(build.target).engine_file(build.target) is not None
+    build = replace(build, engine=replace(build.engine, shapes=shapes if builds else ()))
     with child.build(build.target, path, build, timeout=_LIMIT) as engine:
         for count in rows:
             feed = feed_of(form, copies, count, seed)

@@ -159,12 +159,21 @@ def noise_of(
 
 
 def check_rewrite(
-    child: Child, target: str, oracle: Path, lowered: Path, noise: Noise, feeds: Iterable[Feed]
+    child: Child,
+    target: str,
+    oracle: Path,
+    lowered: Path,
+    noise: Noise,
+    feeds: Iterable[Feed],
+    building: BuildOptions | None = None,
 ) -> tuple[str, ...]:
-    """First question: the published model against the original graph with reconstructed weights. Sentences of what failed."""
+    """First question: the published model against the original graph with reconstructed weights. Sentences of what failed.
+
+    building: how the published one is built or loaded.
+    """
     with (
         child.build(target, oracle, BuildOptions(target)) as a,
-        child.build(target, lowered, BuildOptions(target)) as b,
+        child.build(target, lowered, building or BuildOptions(target)) as b,
     ):
         return differences(a, b, noise, feeds, "the original with reconstructed weights")
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from lrcompile.errors import UsageError
 from lrcompile.feeds import Feed, Input
-from lrcompile.shapes import dims_of, parse_ranges
+from lrcompile.shapes import dims_of, parse_ranges, written
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +79,11 @@ def _settings(texts: Sequence[str], inputs: Sequence[Input]) -> Iterable[tuple[s
             settings.append({})
         settings[-1] |= named
     for setting in settings:
-        name = ", ".join(f"{n}:{'x'.join(map(str, s)) or 'scalar'}" for n, s in setting.items())
-        yield name, dims_of(setting, inputs)
+        yield written(setting), dims_of(setting, inputs)
 
 
 def _batch_axis(inputs: Sequence[Input]) -> str:
-    free = Counter(_name(i, 0) for i in inputs if i.shape and not isinstance(i.shape[0], int))
+    free = Counter(name for i in inputs if i.shape and (name := i.free(0)) is not None)
     if not free:
         raise UsageError("--batches: axis 0 of every input has a fixed length")
     return free.most_common(1)[0][0]
@@ -98,29 +97,17 @@ def _decoder(inputs: Sequence[Input]) -> tuple[str | None, str, str, str | None]
     )
     if ids is None or cache is None:
         raise UsageError("--prefill and --decode: the model has no cache, or reads no ids: give --shape")
-    assert ids.shape is not None
-    assert cache.shape is not None
-    axes = [a for a in (2, 1, 3) if not isinstance(cache.shape[a], int)]
-    if isinstance(ids.shape[1], int) or not axes:
+    sequence, past = ids.free(1), next(filter(None, map(cache.free, (2, 1, 3))), None)
+    if sequence is None or past is None:
         raise UsageError("--prefill and --decode: the model was exported for one length of sequence or cache")
-    batch = None if isinstance(ids.shape[0], int) else _name(ids, 0)
-    sequence, past = _name(ids, 1), _name(cache, axes[0])
     mask = next(
         (i for i in inputs if "mask" in i.name.lower() and i.shape is not None and len(i.shape) == 2), None
     )
-    total = None
-    if mask is not None and mask.shape is not None and not isinstance(mask.shape[1], int):
-        name = _name(mask, 1)
-        total = None if name == sequence or "+" in name else name
-    return batch, sequence, past, total
+    total = mask.free(1) if mask is not None else None
+    if total is not None and (total == sequence or "+" in total):
+        total = None
+    return ids.free(0), sequence, past, total
 
 
 def _is_ids(name: str) -> bool:
     return name.lower().endswith(("input_ids", "ids")) and "position" not in name.lower()
-
-
-def _name(given: Input, axis: int) -> str:
-    """What `feeds` calls a free dimension."""
-    assert given.shape is not None
-    dim = given.shape[axis]
-    return dim if isinstance(dim, str) else f"{given.name}#{axis}"

@@ -11,7 +11,7 @@ engines.py     build
 
 from __future__ import annotations
 
-from lrcompile.records.engines import STORED, Built, EngineOptions, Precision, ShapeRange
+from lrcompile.records.engines import STORED, Built, EngineOptions, Precision, ShapeRange, flag_of
 from lrcompile.records.evidence import (
     Evidence,
     OutputEvidence,
@@ -77,4 +77,5 @@ __all__ = [
     "Width",
     "Window",
     "Wiring",
+    "flag_of",
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -47,11 +48,47 @@ class EngineOptions:
     provider: tuple[tuple[str, str], ...] = ()
     cpu_nodes: bool = False
 
+    @property
+    def said(self) -> tuple[str, ...]:
+        """Names of the fields of which something was said."""
+        return tuple(f.name for f in fields(self) if getattr(self, f.name) != f.default)
+
+
+def flag_of(name: str) -> str:
+    """What a field of `EngineOptions` is called on the command line."""
+    return f"--{_FLAGS.get(name, name.replace('_', '-'))}"
+
+
+_FLAGS = {
+    "shapes": "shape",
+    "capabilities": "compute-capability",
+    "streaming": "weight-streaming",
+    "provider": "provider-option",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A serialized engine. path: its file. describe: version, devices it is for. layers: each layer of it with the types it computes in."""
+    """A serialized engine. path: its file. describe: version, devices it is for. layers: each layer of it with the types it computes in,
+    ``gemm: float16, float16 -> float32``.
+    """
 
     path: Path
     describe: tuple[tuple[str, str], ...] = ()
     layers: tuple[tuple[str, str], ...] = ()
+
+    def __str__(self) -> str:
+        """What was built, for whom, and in which types its layers compute."""
+        said = dict(self.describe)
+        types = Counter(_types(layer) for _, layer in self.layers if "nothing" not in layer)
+        words = ", ".join(f"{n} x {kind}" for kind, n in types.most_common())
+        parts = [f"{self.path.name} is an engine of {said.get('library', 'this target')}"]
+        parts += [f"for compute capability {said['devices']}"] if "devices" in said else []
+        layers = f"; its layers ({said.get('layers', 'as built')}): {words}" if words else ""
+        return " ".join(parts) + layers + (f"; {said['widened']}" if "widened" in said else "")
+
+
+def _types(layer: str) -> str:
+    """``float16 -> float32``, each type once."""
+    sides = layer.partition(": ")[2].split(" -> ")
+    return " -> ".join("+".join(dict.fromkeys(side.split(", "))) for side in sides)

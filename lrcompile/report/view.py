@@ -11,6 +11,7 @@ from markupsafe import Markup
 from lrcompile.report.caveats import Caveat, broken, caveats_of, rewrites
 from lrcompile.report.movement import Curve, Movements, curve_of, movements_of
 from lrcompile.report.pictures import Bar, Point, errors_picture, kept_picture, per_bar, worst
+from lrcompile.report.running import Running, running_of
 from lrcompile.report.sizes import Family, Share, families_of, shares_of, totals_of
 from lrcompile.report.text import change, figure, in_bytes, percent, short
 
@@ -53,6 +54,7 @@ class View:
     left: tuple[Family, ...]
     more: tuple[int, int]
     pictures: tuple[Picture, ...]
+    running: Running | None
     movements: Movements | None
     curve: Curve | None
     config: tuple[tuple[str, Any], ...]
@@ -80,6 +82,7 @@ def view(document: Mapping[str, Any], notes: Sequence[str]) -> View:
         left=tuple(left[:_MOST_FAMILIES]),
         more=(max(0, len(rewritten) - _MOST_FAMILIES), max(0, len(left) - _MOST_FAMILIES)),
         pictures=tuple(_pictures(document)),
+        running=running_of(document),
         movements=movements_of(document),
         curve=curve_of(document),
         config=tuple((k, v) for k, v in document.get("config", {}).items() if v not in (None, {}, [])),

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lrcompile.errors import BuildError, PluginError
+from lrcompile.errors import BuildError, PluginError, UsageError
 from lrcompile.interfaces import BuildOptions
-from lrcompile.records import EngineOptions
+from lrcompile.records import flag_of
 from lrcompile_runtimes import words
 
 if TYPE_CHECKING:
@@ -161,16 +161,15 @@ def open_session(
 
 
 def provider_options(options: BuildOptions) -> dict[str, str]:
-    """Options of the target's provider, all as text. Raises BuildError for an `EngineOptions` that it has no use for."""
+    """Options of the target's provider, all as text. Raises UsageError for an option that it has no use for."""
     target, engine = TARGETS[options.target], options.engine
     # shapes: a session takes any; what is said of them says at which ones speed counts
     known = {*target.fields, "provider", "cpu_nodes", "shapes"}
     if target.device == "CPU":
         known.remove("cpu_nodes")
-    blank = EngineOptions()
-    for name in EngineOptions.__dataclass_fields__:
-        if getattr(engine, name) != getattr(blank, name) and name not in known:
-            raise BuildError(f"{options.target} has no option for {name}")
+    for name in engine.said:
+        if name not in known:
+            raise UsageError(f"{flag_of(name)}: target {options.target} has no use for it")
     made = dict(target.defaults) | dict(_EXACT.get(options.target, ()) if options.exact else ())
     for name, option in target.fields.items():
         value = getattr(engine, name)

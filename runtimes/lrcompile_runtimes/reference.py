@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lrcompile.errors import BuildError
+from lrcompile.errors import BuildError, UsageError
 from lrcompile.interfaces import Availability, BuildOptions, Engine, Rewrite, Runtime
-from lrcompile.records import Built, Decision, Refusal
+from lrcompile.records import Built, Decision, Refusal, flag_of
 from lrcompile_runtimes import Port, check_feeds, repeated, words
 
 if TYPE_CHECKING:
@@ -117,6 +117,9 @@ class ReferenceRuntime:
         raise AssertionError("a target without an engine file")
 
     def build(self, model: Path, options: BuildOptions) -> Engine:
+        for name in options.engine.said:
+            if name != "shapes":  # it takes any
+                raise UsageError(f"{flag_of(name)}: target {options.target} has no use for it")
         return ReferenceEngine(model)
 
 

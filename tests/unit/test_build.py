@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import onnx_ir as ir
 import pytest
 
 import lrcompile
@@ -13,21 +14,20 @@ from lrcompile.build import feeds_for, set_limits, started
 from lrcompile.child import Child
 from lrcompile.errors import BuildError
 from lrcompile.options import Options
-from lrcompile.records import Source
+from lrcompile.records import EngineOptions
 from lrcompile.store import save_model
 from tests.graphs import model, node, normal
 
 
-def source(K: int) -> Source:
-    made = model([node("MatMul", ["x", "w"], ["y"])], {"x": ("n", K)}, ["y"], {"w": normal(K, 8)})
-    return Source(Path(), made, "", (), 17)
+def product(K: int) -> ir.Model:
+    return model([node("MatMul", ["x", "w"], ["y"])], {"x": ("n", K)}, ["y"], {"w": normal(K, 8)})
 
 
 def test_limits_grow_with_weights_and_feeds() -> None:
     child = Child()
     left, memory = [], []
     for K, feeds in ((16, 0), (16, 100), (2_000_000, 100)):
-        set_limits(child, Options(), source(K), feeds)
+        set_limits(child, Options(), product(K), feeds)
         assert child.deadline is not None and child.memory is not None
         left.append(child.deadline - time.monotonic())
         memory.append(child.memory)
@@ -39,7 +39,7 @@ def test_limits_grow_with_weights_and_feeds() -> None:
 
 def test_limits_as_asked_for() -> None:
     child = Child()
-    set_limits(child, replace(Options(), timeout=3.0, memory=5), source(16), 100)
+    set_limits(child, replace(Options(), timeout=3.0, memory=5), product(16), 100)
     assert child.deadline is not None
     assert child.deadline - time.monotonic() == pytest.approx(3, abs=0.5)
     assert child.memory == 5
@@ -49,9 +49,10 @@ def test_a_child_of_the_caller_gets_its_own_limits_back() -> None:
     child = Child(memory=7)
     with pytest.raises(ZeroDivisionError), started(child) as same:
         assert same is child
-        set_limits(child, Options(), source(16), 0)
+        set_limits(child, Options(), product(16), 0)
+        child.engines["trt-rtx"] = EngineOptions(level=1)
         raise ZeroDivisionError
-    assert (child.deadline, child.memory) == (None, 7)
+    assert (child.deadline, child.memory, child.engines) == (None, 7, {})
 
 
 def test_memory_beyond_the_limit_is_one_line(tmp_path: Path) -> None:

@@ -42,9 +42,6 @@ class Fake:
     available: Availability = field(default_factory=lambda: Availability(True, versions=(("fake", "1"),)))
     broken: str = ""
 
-    def availability(self, target: str) -> Availability:
-        return self.available
-
     def engine_file(self, target: str) -> str | None:
         return "engine.plan" if self.available.unrunnable else None
 
@@ -53,7 +50,9 @@ class Fake:
             raise BuildError(self.broken)
         return Engine(self.answer)
 
-    def call(self, function: str, *_: object, what: str) -> int:
+    def call(self, function: str, *_: object, what: str) -> int | Availability:
+        if function == "lrcompile.build:availability_of":
+            return self.available
         assert function == "lrcompile.doctor:serialize"
         if self.broken:
             raise BuildError(self.broken)

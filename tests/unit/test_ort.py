@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("onnxruntime")
 
-from lrcompile.errors import BuildError
+from lrcompile.errors import BuildError, UsageError
 from lrcompile.interfaces import BuildOptions
 from lrcompile.records import EngineOptions, ShapeRange
 from lrcompile.registry import runtime_of
@@ -42,19 +42,19 @@ def test_engine_options_become_the_providers_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "engine", "name"),
+    ("target", "engine", "flag"),
     [
-        ("ort-cpu", {"cuda_graph": True}, "cuda_graph"),
-        ("ort-cpu", {"cpu_nodes": True}, "cpu_nodes"),
-        ("ort-cuda", {"streaming": 1}, "streaming"),
-        ("ort-cuda", {"level": 1}, "level"),
-        ("ort-tensorrt", {"refittable": True}, "refittable"),
+        ("ort-cpu", {"cuda_graph": True}, "--cuda-graph"),
+        ("ort-cpu", {"cpu_nodes": True}, "--cpu-nodes"),
+        ("ort-cuda", {"streaming": 1}, "--weight-streaming"),
+        ("ort-cuda", {"level": 1}, "--level"),
+        ("ort-tensorrt", {"refittable": True}, "--refittable"),
     ],
 )
 def test_an_option_without_a_use_is_refused_by_name(
-    target: str, engine: dict[str, object], name: str
+    target: str, engine: dict[str, object], flag: str
 ) -> None:
-    with pytest.raises(BuildError, match=f"{target} has no option for {name}"):
+    with pytest.raises(UsageError, match=f"{flag}: target {target} has no use for it"):
         given(target, **engine)
 
 

@@ -255,6 +255,24 @@ def test_evidence_that_is_worth_less_is_warned_of(change: dict[str, Any], words:
     assert words not in checked(manifest()).text
 
 
+def test_what_runs_and_where() -> None:
+    nodes = {
+        "MatMul (ai.onnx) on CPUExecutionProvider": 4,
+        "SkipLayerNormalization (com.microsoft) on CUDAExecutionProvider": 2,
+    }
+    text = checked(manifest(nodes=nodes)).text
+    assert (
+        "6 operators are left after the runtime's own optimisations: 4 on CPUExecutionProvider, 2 on CUDAExecutionProvider."
+        in text
+    )
+    assert "SkipLayerNormalization com.microsoft CUDAExecutionProvider 2" in text
+    assert "Fused operators among them: normalization 2, skip normalization 2." in text
+    built = checked(manifest(nodes=dict(list(nodes.items())[:1]), engine="built, not run: no such GPU")).text
+    assert "The engine was built, not run: no such GPU. What was judged is its graph" in built
+    assert "None of them is a fused operator." in built
+    assert "What runs, and where" not in checked(manifest()).text  # of earlier versions
+
+
 def test_svd_plain_is_warned_of() -> None:
     assert "svd-plain was used: the data was ignored." in checked(manifest(site(method="svd-plain"))).text
     assert "svd-plain" not in checked(manifest()).text
