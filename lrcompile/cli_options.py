@@ -102,6 +102,14 @@ def choosing(
         str | None,
         Option(metavar="A,B", help="Factorizations to choose from; dense is always allowed. [default: auto]"),
     ] = None,
+    storage: Annotated[
+        str | None,
+        Option(
+            metavar="A,B",
+            help="Types that factors and weights may be stored in: auto, or int8, int4, uint4, uint3, uint2 and others, groups and "
+            "scales in the name as in int4-64s16. [default: the weight's own; auto with --bits]",
+        ),
+    ] = None,
     include: Annotated[
         str | None,
         Option(metavar="REGEX", help="Exactly the weights whose name matches are eligible, tables too."),
@@ -140,6 +148,13 @@ def budget(
             metavar="N",
             help="FLOPs at the first feed, 2 for each multiply-accumulate of a constant weight, rewritten or not: at most 1.2G, or "
             "0.5x, half of the original's.",
+        ),
+    ] = None,
+    bits: Annotated[
+        float | None,
+        Option(
+            metavar="N",
+            help="Stored bits per number of all eligible weights, scales, zero points and levels counted: at most N, such as 4.5.",
         ),
     ] = None,
     energy: Annotated[

@@ -22,6 +22,7 @@ from lrcompile.build import build, feeds_for, original_of, set_limits, started
 from lrcompile.calibrate import calibrate
 from lrcompile.child import Child
 from lrcompile.cost import bytes_of, is_large, rows_of
+from lrcompile.encoding import OPSET
 from lrcompile.errors import BuildError, VerificationError
 from lrcompile.factorize import annotate, factorize
 from lrcompile.factors import FactorSet
@@ -29,6 +30,7 @@ from lrcompile.feeds import STYLES, Feeds, calibration_and_held_out, draw, input
 from lrcompile.interfaces import Factorization, Runtime, StatisticsSource
 from lrcompile.load import load
 from lrcompile.lower import lower
+from lrcompile.opsets import raisable
 from lrcompile.options import Options
 from lrcompile.plan import (
     Problem,
@@ -60,6 +62,7 @@ from lrcompile.store import (
     remove_folder,
     staging,
 )
+from lrcompile.storing import types_of
 from lrcompile.surgeon import scripted
 from lrcompile.tradeoff import check_pareto, point_of, write_tradeoff
 from lrcompile.tradeoff import predicted as predicted_curve
@@ -253,6 +256,7 @@ def problem_of(known: Study) -> Problem:
         known.finding, known.weights, known.statistics, tuple(known.methods.values()), known.options.budget,
         target=known.options.target, supports=lambda d: known.runtime.supports(d, known.options.target),
         include=known.options.include, exclude=known.options.exclude, whole=whole_of(known), progress=known.progress,
+        storages=storages_of(known),
     )  # fmt: skip
 
     if known.statistics is None or known.calibration is None or not known.options.searches:
@@ -262,6 +266,15 @@ def problem_of(known: Study) -> Problem:
         problem, known.source, known.weights, known.statistics, known.methods, known.calibration, child=known.child,
         target=known.options.target, scratch=known.scratch, seed=known.options.seed, progress=known.progress,
     )  # fmt: skip
+
+
+def storages_of(known: Study) -> tuple[str, ...]:
+    """The storage types that weights may take; none where the graph cannot take their operators, which is said."""
+    types = types_of(known.options.storages, known.options.target)
+    if types and (no := raisable(known.source.model, OPSET)) is not None:
+        logger.warning("no weight is stored in fewer bits: %s", no.reason)
+        return ()
+    return types
 
 
 def whole_of(known: Study) -> Whole:

@@ -87,9 +87,11 @@ class Config(BaseModel):
 
     target: str | None = None
     methods: Annotated[tuple[str, ...] | None, BeforeValidator(_words), Field(min_length=1)] = None
+    storage: Annotated[tuple[str, ...] | None, BeforeValidator(_words), Field(min_length=1)] = None
     keep: Annotated[float | None, Field(gt=0, le=1)] = None
     size: Annotated[Amount | None, BeforeValidator(_size)] = None
     flops: Annotated[Amount | None, BeforeValidator(parse_amount)] = None
+    bits: Annotated[float | None, Field(gt=0, le=64)] = None
     energy: Annotated[float | None, Field(gt=0, le=1)] = None
     rank: Annotated[int, Field(ge=1)] | Literal["full"] | None = None
     max_error: Annotated[tuple[Limit, ...] | None, BeforeValidator(_limits)] = None
@@ -117,8 +119,8 @@ class Config(BaseModel):
     cache: Path | None = None
 
 
-_SIZE = {"keep", "size", "flops", "energy", "rank", "plan"}  # only one of these can hold
-_BUDGET = ("keep", "size", "flops", "energy", "rank", "max_error", "objective")
+_SIZE = {"keep", "size", "flops", "bits", "energy", "rank", "plan"}  # only one of these can hold
+_BUDGET = ("keep", "size", "flops", "bits", "energy", "rank", "max_error", "objective")
 
 
 def options_from(flags: Mapping[str, Any], file: Path | str | None = None) -> Options:

@@ -12,6 +12,7 @@ from lrcompile.interfaces import CandidateOptions, Factorization, StatisticsSour
 from lrcompile.permutations import absorbed
 from lrcompile.progress import Progress, silent
 from lrcompile.records import Budget, Candidate, Decision, Finding, Group, Refusal, Site
+from lrcompile.storing import forms
 from lrcompile.weights import side_by_side
 
 # Kernels like ranks in eights; matrices this small are fitted exactly.
@@ -92,6 +93,7 @@ def prepare(
     include: str | None = None,
     exclude: str | None = None,
     whole: Whole | None = None,
+    storages: Sequence[str] = (),
     progress: Progress = silent,
 ) -> Problem:
     """Curves of every group, computed once; all plans of a search choose from them."""
@@ -122,7 +124,7 @@ def prepare(
             barred = next(filter(None, reasons), None) or next(
                 (f"{s.name} has other readers" for s in group.sites if s.name not in lone), None
             )
-        return barred or _curve(group, weights, statistics, methods, budget, target, supports)
+        return barred or _curve(group, weights, statistics, methods, budget, target, supports, storages)
 
     for group, made in zip(groups, side_by_side(work, groups, lambda group: group), strict=True):
         curve = Curve(group, (), made) if isinstance(made, str) else made
@@ -170,6 +172,7 @@ def _curve(
     budget: Budget,
     target: str,
     supports: Supports,
+    storages: Sequence[str] = (),
 ) -> Curve:
     """All candidates of a group that are legal, or the reasons of all methods."""
     found: list[Candidate] = []
@@ -208,6 +211,14 @@ def _curve(
                     found.append(candidate)
                 elif reason not in reasons:
                     reasons.append(reason)
+    for coded in forms(group, methods, found, storages, target, weights, statistics) if not full else ():
+        if isinstance(coded, Refusal):
+            reasons.append(coded.reason)
+        elif coded.cost.bytes < dense.bytes_before:
+            if (no := supports(decision_of(group, coded, ""))) is None:
+                found.append(coded)
+            else:
+                reasons.append(no.reason)
     found.sort(key=lambda c: (c.cost.parameters, c.error))
     if not reasons and isinstance(budget.rank, int) and budget.rank > min(site.K, site.N):
         reasons = [f"the weight has at most rank {min(site.K, site.N)}"]

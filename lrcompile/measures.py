@@ -1,6 +1,7 @@
 """Measures: what a budget counts of a group's form. Pure.
 
 --keep    parameters of the eligible weights     --size    bytes of all constants     --flops   2 MAC of the sites at the first feed
+--bits    stored bits of the eligible weights, scales, zero points and levels among them
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from lrcompile.cost import dense_flops
+from lrcompile.cost import dense_flops, stored_bytes
 from lrcompile.curves import Problem, Whole, decision_of, dense_of
 from lrcompile.records import Candidate, Decision, Group, Plan
 
@@ -42,7 +43,15 @@ def measure_of(problem: Problem) -> Measure:
         before = sum(whole.rows.get(s.name, 0) * dense_flops(s) for s in group.sites)
         return before if form is None else before - saved_flops(decision_of(group, form, ""), whole)
 
-    if budget.size is not None or (budget.keep is None and budget.flops is None):
+    if budget.bits is not None:  # of the eligible weights, those left dense too
+        of, total, words = (
+            size,
+            float(sum(stored_bytes(c.group) for c in problem.open if c.group.shares_weight)),
+            "stored bytes",
+        )
+        total += problem.fixed * (total / max(problem.total - problem.fixed, 1))
+        asked = budget.bits / 8.0 * problem.total
+    elif budget.size is not None or (budget.keep is None and budget.flops is None):
         assert whole is not None
         of, total, words = size, float(whole.bytes), "bytes"
         asked = budget.size.of(total) if budget.size is not None else total

@@ -19,6 +19,7 @@ from lrcompile.errors import BudgetError, UsageError
 from lrcompile.interfaces import CandidateOptions, Factorization, StatisticsSource, Weights
 from lrcompile.measures import Measure, flops_after, measure_of
 from lrcompile.records import Amount, Budget, Candidate, Decision, Evidence, Finding, Group, Plan
+from lrcompile.storing import stored
 
 __all__ = [
     "Problem",
@@ -52,7 +53,7 @@ class Trial:
 def choose(problem: Problem) -> Plan:
     """The first plan for the problem's budget. Raises BudgetError when no plan keeps it."""
     budget = problem.budget
-    if budget.keep is not None or budget.size is not None or budget.flops is not None:
+    if any(b is not None for b in (budget.keep, budget.size, budget.flops, budget.bits)):
         measure = measure_of(problem)
         if measure.limit >= measure.sum_of(problem):
             return dense_plan(problem, "the budget keeps everything")
@@ -346,6 +347,8 @@ def _priced(
         for candidate in method.candidates(group, weights, statistics, options):
             if decision.permutes == "out" and candidate.index_bytes:
                 candidate = folded(candidate)
+            if decision.storage is not None:
+                candidate = stored(candidate, decision.storage, method, group, weights, statistics)
             if (candidate.rank, candidate.structure, candidate.storage) == form:
                 return decision_of(group, candidate, decision.reason)
     raise UsageError(

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lrcompile.carrier import Carrier, read_all
+from lrcompile.coding import rounded
+from lrcompile.cost import stored_bytes
 from lrcompile.curves import Curve, Problem
 from lrcompile.feeds import mask_over, masks_of
 from lrcompile.figures import Movement
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _SHARES = (0.75, 0.4)  # of a group's parameters: the forms that are tried
+_BITS_SHARES = (0.13, 0.07)  # of a group's bytes, where forms differ by storage
 _PASSES = 4.0  # runs of the whole calibration data that all trials together may cost
 _PLACES = 6  # in the graph, from which the rest is run
 _LOGITS = 256  # rows of logits that are compared
@@ -93,7 +96,7 @@ def predicted(
 
         def changed(curve: Curve, form: Candidate) -> Mapping[Constant, Array]:
             method = methods[form.method]
-            factors = method.factorize(curve.group, weights, statistics, form, seed)
+            factors, _ = rounded(method, curve.group, weights, statistics, form, seed, sweeps=0)
             return method.reconstruct(curve.group, factors)
 
         bench = _Bench(source, weights, few, child, target, scratch, progress)
@@ -151,12 +154,14 @@ def _is_tried(group: Group) -> bool:
 def _forms(curve: Curve) -> list[Candidate]:
     """At most two forms of a group, by the share of its parameters; of those that cost the same the more accurate."""
     chosen: list[Candidate] = []
-    for share in _SHARES:
-        best = min(
-            curve.candidates,
-            key=lambda c: (abs(c.cost.parameters / curve.group.elements - share), c.error),
-            default=None,
-        )
+    coded = any(c.storage is not None for c in curve.candidates)
+    whole = stored_bytes(curve.group)
+
+    def share_of(form: Candidate) -> float:
+        return form.cost.bytes / whole if coded else form.cost.parameters / curve.group.elements
+
+    for share in _BITS_SHARES if coded else _SHARES:
+        best = min(curve.candidates, key=lambda c: (abs(share_of(c) - share), c.error), default=None)
         if best is not None and best not in chosen:
             chosen.append(best)
     return chosen

@@ -88,11 +88,12 @@ class Amount:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What the user asked for. At most one of keep, size, flops, energy, rank binds; max_error judges (or steers when alone)."""
+    """What the user asked for. At most one of keep, size, flops, bits, energy, rank binds; max_error judges (or steers when alone)."""
 
     keep: float | None = None
     size: Amount | None = None
     flops: Amount | None = None
+    bits: float | None = None
     energy: float | None = None
     rank: int | Literal["full"] | None = None
     max_error: tuple[Limit, ...] = ()
@@ -101,12 +102,14 @@ class Budget:
     @property
     def bounds_size(self) -> bool:
         """Whether something other than the error limit binds."""
-        return any(v is not None for v in (self.keep, self.size, self.flops, self.energy, self.rank))
+        return any(
+            v is not None for v in (self.keep, self.size, self.flops, self.bits, self.energy, self.rank)
+        )
 
     @property
     def bounds(self) -> tuple[str, ...]:
         """What binds, as it is written on the command line: ``--size 60MB``."""
-        names = ("keep", "size", "flops", "energy", "rank")
+        names = ("keep", "size", "flops", "bits", "energy", "rank")
         given = [(n, v) for n in names if (v := getattr(self, n)) is not None]
         return tuple(
             f"--{n} {v}{'B' if n == 'size' and not v.relative else ''}"
