@@ -23,7 +23,7 @@ import onnx_ir as ir
 from lrcompile.graph import Builder
 from lrcompile.interfaces import Array
 from lrcompile.quantize import Coded, Storage
-from lrcompile.quantize.storage import scales_as_float8
+from lrcompile.quantize.storage import float8_codes
 
 OPSET = 21  # of block_size and 4 bits
 _WIDE = 1 << 30
@@ -41,7 +41,7 @@ def parts_of(coded: Coded, *, by_row: bool = False) -> dict[str, Part]:
     """The constants, by the suffix of their name. by_row: of a table, whose transpose was coded."""
     made = {
         **_codes(coded, by_row),
-        **_scales(coded.scales.T if by_row else coded.scales, coded.storage, by_row),
+        **_scales(coded, by_row),
     }
     if (zeros := _zeros(coded)) is not None:
         dtype = _integer(coded.storage)
@@ -118,14 +118,14 @@ def packed(codes: Array, bits: int) -> Array:
     return made[:, None]
 
 
-def _scales(scales: Array, storage: Storage, by_row: bool) -> dict[str, Part]:
+def _scales(coded: Coded, by_row: bool) -> dict[str, Part]:
+    storage, scales = coded.storage, coded.scales.T if by_row else coded.scales
     if not by_row and len(scales) == 1:
         scales = scales[0]
     if storage.scale == "float8":
-        codes, factor = scales_as_float8(scales)
         return {
-            "scale": Part(ir.DataType.FLOAT8E4M3FN, codes),
-            "factor": Part(ir.DataType.FLOAT, np.array(factor, np.float32)),
+            "scale": Part(ir.DataType.FLOAT8E4M3FN, float8_codes(scales, coded.factor)),
+            "factor": Part(ir.DataType.FLOAT, np.array(coded.factor, np.float32)),
         }
     dtype = ir.DataType.FLOAT16 if storage.scale == "float16" else ir.DataType.FLOAT
     return {"scale": Part(dtype, scales.astype(dtype.numpy()))}

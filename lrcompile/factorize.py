@@ -148,7 +148,7 @@ def annotate(plan: Plan, sets: Sequence[FactorSet]) -> Plan:
 
 
 # A coded matrix is several arrays in the cache.
-_CODES, _BESIDE = "codes:", ("scales:", "zeros:", "levels:")
+_CODES, _BESIDE = "codes:", ("scales:", "zeros:", "levels:", "factor:")
 _CODED = (_CODES, *_BESIDE)
 _NOTHING = np.zeros(0)
 
@@ -156,7 +156,7 @@ _NOTHING = np.zeros(0)
 def _coded_arrays(coded: Mapping[str, Coded]) -> dict[str, Array]:
     made: dict[str, Array] = {}
     for name, c in coded.items():
-        made |= {f"codes:{name}": c.codes, f"scales:{name}": c.scales}
+        made |= {f"codes:{name}": c.codes, f"scales:{name}": c.scales, f"factor:{name}": np.array([c.factor])}
         made |= {
             f"{kind}:{name}": a for kind, a in (("zeros", c.zeros), ("levels", c.levels)) if a is not None
         }
@@ -168,7 +168,7 @@ def _coded(arrays: Factors, decision: Decision) -> Mapping[str, Coded]:
     return {
         n: Coded(
             storage_type(str(decision.storage)), arrays[f"codes:{n}"], arrays[f"scales:{n}"], arrays.get(f"zeros:{n}"),
-            arrays.get(f"levels:{n}"),
+            arrays.get(f"levels:{n}"), float(arrays[f"factor:{n}"][0]),
         )
         for n in names
     }  # fmt: skip

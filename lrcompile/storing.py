@@ -58,6 +58,8 @@ def legal(name: str, group: Group, target: str) -> Refusal | None:
     lookup = [s.kind == "lookup" for s in group.sites]
     if any(lookup) and not (all(lookup) and rules.tables and kind.bits in (4, 8) and not kind.levels):
         return Refusal(f"{name}: tables are coded in 8 or 4 bits where the target gathers codes")
+    if any(lookup) and kind.scale == "float8":
+        return Refusal(f"{name}: scales of a table's rows are gathered, which runtimes cannot with float8: use {name}s16")
     K = site.N if all(lookup) else site.K
     if all(lookup) and kind.group and K % kind.group:
         return Refusal(f"{name}: rows of {K} numbers are not whole groups of {kind.group}")
@@ -169,6 +171,8 @@ def forms(
     """Every candidate, dense among them, in every storage type that is legal; and why the others are not."""
     from lrcompile.interfaces import CandidateOptions
 
+    if all(s.kind == "lookup" for s in group.sites):
+        types = [f"{n}s16" if storage(n).scale == "float8" else n for n in types]
     for name in types:
         if (no := legal(name, group, target)) is not None:
             yield no

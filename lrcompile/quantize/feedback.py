@@ -116,4 +116,6 @@ def _with_better_scales(W: Array, H: Array, made: Coded) -> Coded:
     diagonal += 1e-9 * diagonal.max(axis=1, keepdims=True) + SMALLEST
     solved = np.linalg.solve(left, right.T[..., None])[..., 0].T
     usable = np.isfinite(solved) & (solved * made.scales > 0)
-    return replace(made, scales=round_scales(np.where(usable, solved, made.scales), storage.scale))
+    return replace(
+        made, scales=round_scales(np.where(usable, solved, made.scales), storage.scale, made.factor)
+    )

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lrcompile.interfaces import Array
-from lrcompile.quantize.storage import SMALLEST, Storage, round_scales
+from lrcompile.quantize.storage import SMALLEST, Storage, factor_of, round_scales
 
 _SHRINKS = np.linspace(1.0, 0.45, 23)
 _SIGNS = (1.0, -1.0)
@@ -22,13 +22,17 @@ _SIGNS = (1.0, -1.0)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Coded:
-    """A matrix (K, N) in a storage type. codes: integers, or places in `levels`. scales, zeros: (groups, N)."""
+    """A matrix (K, N) in a storage type. codes: integers, or places in `levels`. scales, zeros: (groups, N).
+
+    factor: what scales are stored in units of.
+    """
 
     storage: Storage
     codes: Array
     scales: Array
     zeros: Array | None = None
     levels: Array | None = None
+    factor: float = 1.0
 
     @property
     def normal(self) -> Array:
@@ -70,7 +74,8 @@ def plain(W: Array, storage: Storage) -> Coded:
 
         return kmeans_coded(W, storage)
     scales, zeros = _reaching(_grouped(W, storage), storage)
-    return encode(W, storage, round_scales(scales, storage.scale), zeros)
+    factor = factor_of(scales, storage.scale)
+    return encode(W, storage, round_scales(scales, storage.scale, factor), zeros, factor)
 
 
 def searched(W: Array, storage: Storage, rows: Array | None = None, *, signed: bool = True) -> Coded:
@@ -79,26 +84,27 @@ def searched(W: Array, storage: Storage, rows: Array | None = None, *, signed: b
         from lrcompile.quantize.codebook import kmeans_coded
 
         return kmeans_coded(W, storage, rows)
-    scales, zeros = best_scales(W, storage, rows, signed=signed)
-    return encode(W, storage, scales, zeros)
+    scales, zeros, factor = _best_scales(W, storage, rows, signed)
+    return encode(W, storage, scales, zeros, factor)
 
 
-def best_scales(
-    W: Array, storage: Storage, rows: Array | None = None, *, signed: bool = True
-) -> tuple[Array, Array | None]:
-    """The scales and zero points (groups, N) of `searched`."""
+def _best_scales(
+    W: Array, storage: Storage, rows: Array | None, signed: bool
+) -> tuple[Array, Array | None, float]:
+    """Scales and zero points (groups, N) of `searched`, and the factor."""
     blocks = _grouped(W, storage)
     v = np.ones(len(W)) if rows is None else rows / max(float(rows.mean()), SMALLEST)
     weights = _grouped(v[:, None], storage)
     if storage.whole:
         weights = np.broadcast_to(_grouped(np.repeat(v[:, None], W.shape[1], axis=1), storage), blocks.shape)
     scales0, zeros0 = _reaching(blocks, storage)
+    factor = factor_of(scales0, storage.scale)
     best = np.full(scales0.shape, np.inf)
     scales, zeros = scales0.copy(), None if zeros0 is None else zeros0.copy()
     signs = _SIGNS if signed and storage.integers and not storage.zero_points else (1.0,)
     for shrink in _SHRINKS if storage.bits < 8 else _SHRINKS[:1]:
         for sign in signs:
-            trial = round_scales(scales0 * (sign * shrink), storage.scale)
+            trial = round_scales(scales0 * (sign * shrink), storage.scale, factor)
             if zeros0 is not None:  # where the range lies moves with it
                 zero = np.clip(np.rint(-_low(blocks) * shrink / trial), 0, storage.high)
             else:
@@ -109,14 +115,14 @@ def best_scales(
             scales = np.where(better, trial, scales)
             if zero is not None and zeros is not None:
                 zeros = np.where(better, zero, zeros)
-    fitted = round_scales(_fitted(blocks, weights, storage, scales, zeros), storage.scale)
+    fitted = round_scales(_fitted(blocks, weights, storage, scales, zeros), storage.scale, factor)
     lost = _lost(blocks, weights, storage, fitted, zeros)
-    return np.where(lost < best, fitted, scales), zeros
+    return np.where(lost < best, fitted, scales), zeros, factor
 
 
-def encode(W: Array, storage: Storage, scales: Array, zeros: Array | None) -> Coded:
+def encode(W: Array, storage: Storage, scales: Array, zeros: Array | None, factor: float = 1.0) -> Coded:
     """The nearest codes for given scales and zero points."""
-    made = Coded(storage, np.zeros(W.shape, np.int16), scales, zeros, _levels(storage))
+    made = Coded(storage, np.zeros(W.shape, np.int16), scales, zeros, _levels(storage), factor)
     u = W / made._spread(scales)
     if zeros is not None:
         u = u + made._spread(zeros)

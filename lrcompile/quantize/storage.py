@@ -97,30 +97,32 @@ def _float_levels(dtype: np.dtype[np.generic]) -> tuple[float, ...]:
     return tuple(float(v) for v in np.unique(values[np.isfinite(values)]))
 
 
-def round_scales(scales: Array, kind: str) -> Array:
-    """Scales as they will be stored, in float64: rounded to float32, float16, or float8 (e4m3) times the largest of all."""
+def factor_of(scales: Array, kind: str) -> float:
+    """What scales are stored in units of: 1, or for float8 a float32 in which the largest takes all but the last of its binades."""
+    if kind != "float8":
+        return 1.0
+    return float(np.float32(max(float(np.max(np.abs(scales), initial=0.0)) / 256.0, SMALLEST)))
+
+
+def round_scales(scales: Array, kind: str, factor: float = 1.0) -> Array:
+    """Scales as they will be stored, in float64. What is too large becomes the largest; none that is not zero becomes zero."""
     if kind == "float32":
         return scales.astype(np.float32).astype(np.float64)
-    if kind == "float16":
-        info = np.finfo(np.float16)
-        sign = np.where(scales < 0, -1.0, 1.0)
-        kept: Array = (
-            (sign * np.clip(np.abs(scales), info.tiny, info.max)).astype(np.float16).astype(np.float64)
-        )
-        return kept
-    codes, factor = scales_as_float8(scales)
-    back: Array = codes.astype(np.float64) * factor
-    return back
+    if kind == "float8":
+        codes: Array = float8_codes(scales, factor).astype(np.float64)
+        return codes * factor
+    info = np.finfo(np.float16)
+    sign = np.where(scales < 0, -1.0, 1.0)
+    kept: Array = (sign * np.clip(np.abs(scales), info.tiny, info.max)).astype(np.float16).astype(np.float64)
+    return kept
 
 
-def scales_as_float8(scales: Array) -> tuple[Array, float]:
-    """Codes in float8 (e4m3) and the float32 factor of all: the largest code is 448, none that is not zero becomes zero."""
-    largest = float(np.max(np.abs(scales), initial=SMALLEST))
-    factor = float(np.float32(largest / 448.0)) or SMALLEST
+def float8_codes(scales: Array, factor: float) -> Array:
+    """scales / factor in float8 (e4m3)."""
+    least, largest = 2.0**-9, 448.0
     ratio = scales / factor
-    least = 2.0**-9  # of float8, below which it would be zero
-    ratio = np.where(np.abs(ratio) < least, np.where(ratio < 0, -least, least), ratio)
-    return np.clip(ratio, -448.0, 448.0).astype(ml_dtypes.float8_e4m3fn), factor
+    sign = np.where(ratio < 0, -1.0, 1.0)
+    return (sign * np.clip(np.abs(ratio), least, largest)).astype(ml_dtypes.float8_e4m3fn)
 
 
 @cache
