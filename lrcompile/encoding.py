@@ -26,7 +26,6 @@ from lrcompile.quantize import Coded, Storage
 from lrcompile.quantize.storage import float8_codes
 
 OPSET = 21  # of block_size and 4 bits
-_WIDE = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,17 +43,11 @@ def parts_of(coded: Coded, *, by_row: bool = False) -> dict[str, Part]:
         **_scales(coded, by_row),
     }
     if (zeros := _zeros(coded)) is not None:
-        dtype = _integer(coded.storage)
+        dtype = ir.DataType.UINT8 if by_row else _integer(coded.storage)  # of rows that are gathered
         one_a_column = not by_row and len(zeros) == 1
         array = zeros.T if by_row else zeros[0] if one_a_column else zeros
-        made["zero"] = Part(
-            dtype, np.ascontiguousarray(array).astype(_plain(dtype) if by_row else dtype.numpy())
-        )
+        made["zero"] = Part(dtype, np.ascontiguousarray(array).astype(dtype.numpy()))
     return made
-
-
-def _plain(dtype: ir.DataType) -> type[np.generic]:
-    return np.int8 if dtype in (ir.DataType.INT8, ir.DataType.INT4) else np.uint8
 
 
 def _integer(storage: Storage) -> ir.DataType:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lrcompile.allocate import Options, allocate, cheapest, covers_of
+from lrcompile.cost import stored_bytes
 from lrcompile.curves import Curve, Problem, Whole, decision_of, dense_of, folded, prepare, refused_of
 from lrcompile.errors import BudgetError, UsageError
 from lrcompile.interfaces import CandidateOptions, Factorization, StatisticsSource, Weights
@@ -229,8 +230,15 @@ def _at(curve: Curve, ratio: float) -> Candidate | None:
     """The most accurate candidate within the ratio, or the smallest there is."""
     if not curve.candidates:
         return None
-    within = [c for c in curve.candidates if c.cost.parameters <= ratio * curve.group.elements]
-    return min(within, key=lambda c: (c.error, c.cost.parameters)) if within else curve.candidates[0]
+    whole = stored_bytes(curve.group)
+    within = [
+        c
+        for c in curve.candidates
+        if (c.cost.parameters / curve.group.elements if c.storage is None else c.cost.bytes / whole) <= ratio
+    ]
+    if within:
+        return min(within, key=lambda c: (c.error, c.cost.parameters))
+    return min(curve.candidates, key=lambda c: c.cost.bytes)
 
 
 def _by_energy(curve: Curve, energy: float) -> Choice:

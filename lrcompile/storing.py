@@ -10,7 +10,7 @@ import numpy as np
 
 from lrcompile.coding import rounded
 from lrcompile.errors import UsageError
-from lrcompile.interfaces import Factorization, StatisticsSource, Weights
+from lrcompile.interfaces import Array, CandidateOptions, Factorization, StatisticsSource, Weights
 from lrcompile.loss import group_loss
 from lrcompile.quantize import names, storage
 from lrcompile.records import Candidate, Cost, Group, Refusal
@@ -18,6 +18,7 @@ from lrcompile.records import Candidate, Cost, Group, Refusal
 # What ``--storage auto`` tries: each is the best of its size on MiniLM (docs/bits.md).
 AUTO = ("int8", "uint4", "uint3", "uint2")
 AUTO_TENSORRT = ("int8", "int4-32s32", "int4-64s32", "int4-128s32")
+_FACTORED = ("svd", "svd-plain", "pivoted")
 # Relative error that rounding alone adds to a factor; of forms that are tried it is measured.
 _NOISE = {8: 0.008, 4: 0.075, 3: 0.16, 2: 0.35, 1: 0.6}
 
@@ -59,7 +60,9 @@ def legal(name: str, group: Group, target: str) -> Refusal | None:
     if any(lookup) and not (all(lookup) and rules.tables and kind.bits in (4, 8) and not kind.levels):
         return Refusal(f"{name}: tables are coded in 8 or 4 bits where the target gathers codes")
     if any(lookup) and kind.scale == "float8":
-        return Refusal(f"{name}: scales of a table's rows are gathered, which runtimes cannot with float8: use {name}s16")
+        return Refusal(
+            f"{name}: scales of a table's rows are gathered, which runtimes cannot with float8: use {name}s16"
+        )
     K = site.N if all(lookup) else site.K
     if all(lookup) and kind.group and K % kind.group:
         return Refusal(f"{name}: rows of {K} numbers are not whole groups of {kind.group}")
@@ -143,7 +146,7 @@ def _measured(
     seen = tuple(statistics.key(s) for s in group.sites) if statistics is not None else ()
     key = ("coded-1", str(form.storage), *(weights.key(s) for s in group.sites), *seen)
 
-    def compute() -> dict[str, np.ndarray]:
+    def compute() -> dict[str, Array]:
         made, _ = rounded(method, group, weights, statistics, form, 0, sweeps=0)
         changed = method.reconstruct(group, made)
         site = group.sites[0]
@@ -169,10 +172,10 @@ def forms(
     statistics: StatisticsSource | None,
 ) -> Iterator[Candidate | Refusal]:
     """Every candidate, dense among them, in every storage type that is legal; and why the others are not."""
-    from lrcompile.interfaces import CandidateOptions
-
     if all(s.kind == "lookup" for s in group.sites):
         types = [f"{n}s16" if storage(n).scale == "float8" else n for n in types]
+    # taken now: who asks may add to `found` as we go
+    of = {m.name: tuple(c for c in found if c.method == m.name) for m in methods}
     for name in types:
         if (no := legal(name, group, target)) is not None:
             yield no
@@ -181,9 +184,5 @@ def forms(
             if method.name == "dense" and method.serves(group) is None:
                 made = method.candidates(group, weights, statistics, CandidateOptions())
                 yield from (stored(c, name, method, group, weights, statistics) for c in made)
-            elif group.sites[0].kind == "linear" and method.name in ("svd", "pivoted", "svd-plain"):
-                yield from (
-                    stored(c, name, method, group, weights, statistics)
-                    for c in found
-                    if c.method == method.name
-                )
+            elif group.sites[0].kind == "linear" and method.name in _FACTORED:
+                yield from (stored(c, name, method, group, weights, statistics) for c in of[method.name])
