@@ -122,7 +122,8 @@ def float8_codes(scales: Array, factor: float) -> Array:
     least, largest = 2.0**-9, 448.0
     ratio = scales / factor
     sign = np.where(ratio < 0, -1.0, 1.0)
-    return (sign * np.clip(np.abs(ratio), least, largest)).astype(ml_dtypes.float8_e4m3fn)
+    codes: Array = (sign * np.clip(np.abs(ratio), least, largest)).astype(ml_dtypes.float8_e4m3fn)
+    return codes
 
 
 @cache
