@@ -28,11 +28,11 @@ def coded_factors(
     *,
     sweeps: int = _SWEEPS,
 ) -> dict[str, Coded]:
-    """Every matrix among the factors in this storage type; vectors, indices and biases are left out."""
+    """Every matrix among the factors in this storage type; vectors, indices, biases and ``orthogonal.i`` are left out."""
     moment = _moment(group, statistics)
     made: dict[str, Coded] = {}
     for name, array in factors.items():
-        if array.dtype.kind == "i" or array.ndim != 2 or name.startswith("bias"):
+        if array.dtype.kind == "i" or array.ndim != 2 or name.startswith(("bias", "orthogonal")):
             continue
         if group.sites[0].kind == "lookup":
             made[name] = searched(array.T, kind)

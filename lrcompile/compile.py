@@ -46,7 +46,17 @@ from lrcompile.plan import (
 from lrcompile.progress import Progress, silent
 from lrcompile.publish import Package, publish, result_of, save_lowered
 from lrcompile.reactions import reacting
-from lrcompile.records import Evidence, Finding, Plan, Result, Source, Tradeoff, TradeoffPoint
+from lrcompile.records import (
+    Decision,
+    Evidence,
+    Finding,
+    Plan,
+    Refusal,
+    Result,
+    Source,
+    Tradeoff,
+    TradeoffPoint,
+)
 from lrcompile.refit import refit
 from lrcompile.registry import methods_of, runtime_of
 from lrcompile.report import render
@@ -254,7 +264,7 @@ def problem_of(known: Study) -> Problem:
     """The candidates of every group, from which all plans choose, and where there is data how far each would move the outputs."""
     problem = prepare(
         known.finding, known.weights, known.statistics, tuple(known.methods.values()), known.options.budget,
-        target=known.options.target, supports=lambda d: known.runtime.supports(d, known.options.target),
+        target=known.options.target, supports=lambda d: _supports(d, known),
         include=known.options.include, exclude=known.options.exclude, whole=whole_of(known), progress=known.progress,
         storages=storages_of(known),
     )  # fmt: skip
@@ -266,6 +276,13 @@ def problem_of(known: Study) -> Problem:
         problem, known.source, known.weights, known.statistics, known.methods, known.calibration, child=known.child,
         target=known.options.target, scratch=known.scratch, seed=known.options.seed, progress=known.progress,
     )  # fmt: skip
+
+
+def _supports(decision: Decision, known: Study) -> Refusal | None:
+    """The runtime's word, and the graph's: codes need operators of an opset that it may not be raised to."""
+    if decision.storage is not None and (no := raisable(known.source.model, OPSET)) is not None:
+        return no
+    return known.runtime.supports(decision, known.options.target)
 
 
 def storages_of(known: Study) -> tuple[str, ...]:

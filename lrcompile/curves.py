@@ -12,7 +12,7 @@ from lrcompile.interfaces import CandidateOptions, Factorization, StatisticsSour
 from lrcompile.permutations import absorbed
 from lrcompile.progress import Progress, silent
 from lrcompile.records import Budget, Candidate, Decision, Finding, Group, Refusal, Site
-from lrcompile.storing import forms
+from lrcompile.storing import forms, legal
 from lrcompile.weights import side_by_side
 
 # Kernels like ranks in eights; matrices this small are fitted exactly.
@@ -205,6 +205,9 @@ def _curve(
             for made in method.candidates(group, weights, statistics, options):
                 candidate = folded(made) if absorbs and made.index_bytes else made
                 reason = None if full else _costs(candidate, dense, budget.objective)
+                if candidate.storage is not None and reason is None:
+                    no = legal(candidate.storage, group, target)
+                    reason = no.reason if no is not None else None
                 if reason is None and (no := supports(decision_of(group, candidate, ""))) is not None:
                     reason = no.reason
                 if reason is None:
@@ -237,7 +240,7 @@ def _costs(candidate: Candidate, dense: Decision, objective: str) -> str | None:
         if candidate.cost.flops >= dense.flops_before:
             return f"rank {candidate.rank} would take as many FLOPs as the weight (--objective flops)"
         return None
-    if candidate.cost.parameters >= dense.parameters_before:
+    if candidate.storage is None and candidate.cost.parameters >= dense.parameters_before:
         return f"rank {candidate.rank} would take as many parameters as the weight"
     if candidate.cost.bytes >= dense.bytes_before:
         return (

@@ -23,7 +23,7 @@ import onnx_ir as ir
 from lrcompile.graph import Builder
 from lrcompile.interfaces import Array
 from lrcompile.quantize import Coded, Storage
-from lrcompile.quantize.storage import float8_codes
+from lrcompile.quantize.formats import float8_codes
 
 OPSET = 21  # of block_size and 4 bits
 
@@ -58,14 +58,8 @@ def _integer(storage: Storage) -> ir.DataType:
 
 
 def _steps(storage: Storage) -> tuple[int, int]:
-    """level = step code - first for types whose levels are integers: of ternary 1, 1, of signs 2, 1."""
-    return (2, 1) if storage.bits == 1 else (1, 1)
-
-
-def _unsigned(coded: Coded) -> Array:
-    """Codes from zero on."""
-    step = _steps(coded.storage)[0] if coded.storage.levels else 1
-    return coded.codes * step if coded.storage.levels else coded.codes - coded.storage.low
+    """level = step code - first for types whose levels are integers: of ternary 1, 1, of signs 2, 1, of quarters 2, 3."""
+    return int(storage.levels[1] - storage.levels[0]), int(-storage.levels[0])
 
 
 def _zeros(coded: Coded) -> Array | None:
@@ -147,7 +141,7 @@ def decode(
                 op("BitShift", high, shift, name=f"{name}_up", direction="LEFT"),
                 name=f"{name}_codes",
             )
-        elif storage.bits == 1:
+        elif storage.levels and _steps(storage)[0] == 2:
             codes = op(
                 "BitShift",
                 codes,

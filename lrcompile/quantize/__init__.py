@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from lrcompile.quantize.correction import alternating, correction
 from lrcompile.quantize.feedback import fed_back, loss, sweep
+from lrcompile.quantize.formats import Storage, names, storage
 from lrcompile.quantize.orthogonal import Orthogonal, orthogonal
 from lrcompile.quantize.rounding import Coded, plain, searched
-from lrcompile.quantize.storage import Storage, names, storage
 
 __all__ = [
     "Coded",

@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 from lrcompile.interfaces import Array
+from lrcompile.quantize.formats import Storage
 from lrcompile.quantize.rounding import Coded
-from lrcompile.quantize.storage import Storage
 
 _STEPS = 60
 

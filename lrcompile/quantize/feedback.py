@@ -22,8 +22,8 @@ import numpy as np
 import scipy.linalg
 
 from lrcompile.interfaces import Array
+from lrcompile.quantize.formats import SMALLEST, Storage, round_scales
 from lrcompile.quantize.rounding import Coded, searched
-from lrcompile.quantize.storage import SMALLEST, Storage, round_scales
 
 DAMPING = 0.01
 _BLOCK = 64

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lrcompile.interfaces import Array
-from lrcompile.quantize.storage import SMALLEST, Storage, factor_of, round_scales
+from lrcompile.quantize.formats import SMALLEST, Storage, factor_of, round_scales
 
 _SHRINKS = np.linspace(1.0, 0.45, 23)
 _SIGNS = (1.0, -1.0)

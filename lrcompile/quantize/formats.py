@@ -140,6 +140,7 @@ def _known() -> dict[str, Storage]:
         Storage("nf4", 4, 64, levels=NF4, scale="float8"),
         Storage("ternary", 2, levels=(-1.0, 0.0, 1.0)),
         Storage("sign", 1, levels=(-1.0, 1.0)),
+        Storage("quarters", 2, levels=(-3.0, -1.0, 1.0, 3.0)),  # +-c1 +-c2 with c1 = 2 c2: two signs
         Storage("kmeans4", 4, fitted=True, whole=True),
         Storage("kmeans2", 2, fitted=True, whole=True),
         Storage("tensor4", 4, whole=True),
