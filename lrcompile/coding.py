@@ -15,6 +15,8 @@ from lrcompile.interfaces import Array, Factorization, Factors, StatisticsSource
 from lrcompile.quantize import Coded, Storage, fed_back, searched, storage, sweep
 from lrcompile.records import Candidate, Group, Site
 
+# Types that hold numbers as they are, rounded: there are no codes.
+FLOATS = ("double", "float", "float16", "bfloat16")
 _SWEEPS = 2
 _FIRST, _SECOND = ("w", "a", "p"), ("b", "c")
 _LARGEST = 8192  # rows of a moment: error feedback takes K^2 N
@@ -70,7 +72,7 @@ def rounded(
 ) -> tuple[Factors, Mapping[str, Coded]]:
     """The factors of a form, as its storage type leaves them, biases corrected; and the codes."""
     factors = method.factorize(group, weights, statistics, form, seed)
-    if form.storage is None:
+    if form.storage is None or form.storage in FLOATS:
         return factors, {}
     kind = storage(form.storage)
     coded = coded_factors(factors, kind, group, statistics, sweeps=sweeps)

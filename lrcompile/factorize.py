@@ -14,7 +14,7 @@ import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
 import numpy as np
 import onnx_ir as ir
 
-from lrcompile.coding import decoded, rounded
+from lrcompile.coding import FLOATS, decoded, rounded
 from lrcompile.errors import PluginError
 from lrcompile.factors import FactorSet
 from lrcompile.interfaces import Array, Factorization, Factors, StatisticsSource, Weights
@@ -75,7 +75,7 @@ def _one(
     measured_by: tuple[Weights, StatisticsSource | None],
 ) -> FactorSet:
     site = group.sites[0]
-    storage = storage_of(site)
+    storage = ir.DataType[decision.storage.upper()] if decision.storage in FLOATS else storage_of(site)
     candidate = Candidate(
         method=decision.method, rank=decision.rank,
         cost=Cost(decision.parameters_after, decision.bytes_after, decision.flops_after),

@@ -20,7 +20,7 @@ from lrcompile.errors import BudgetError, UsageError
 from lrcompile.interfaces import CandidateOptions, Factorization, StatisticsSource, Weights
 from lrcompile.measures import Measure, flops_after, measure_of
 from lrcompile.records import Amount, Budget, Candidate, Decision, Evidence, Finding, Group, Plan
-from lrcompile.storing import stored
+from lrcompile.storing import known, legal, stored
 
 __all__ = [
     "Problem",
@@ -321,6 +321,11 @@ def check_plan(
             raise UsageError(
                 f"the plan's rank {decision.rank} at {decision.group!r} is not between 1 and {min(site.K, site.N)}"
             )
+        if decision.storage is not None:
+            no = legal(decision.storage, group, target) if known(decision.storage) else None
+            if no is not None or not known(decision.storage):
+                reason = no.reason if no is not None else "there is no such type"
+                raise UsageError(f"the plan stores {decision.group!r} in {decision.storage!r}: {reason}")
         for name in decision.sites:
             if name in taken:
                 raise UsageError(
@@ -355,7 +360,7 @@ def _priced(
         for candidate in method.candidates(group, weights, statistics, options):
             if decision.permutes == "out" and candidate.index_bytes:
                 candidate = folded(candidate)
-            if decision.storage is not None:
+            if decision.storage is not None and candidate.storage is None:
                 candidate = stored(candidate, decision.storage, method, group, weights, statistics)
             if (candidate.rank, candidate.structure, candidate.storage) == form:
                 return decision_of(group, candidate, decision.reason)

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import onnx_ir as ir
 
-from lrcompile.coding import rounded
+from lrcompile.coding import FLOATS, rounded
 from lrcompile.errors import UsageError
 from lrcompile.interfaces import Array, CandidateOptions, Factorization, StatisticsSource, Weights
 from lrcompile.loss import group_loss
@@ -20,7 +21,7 @@ AUTO = ("int8", "uint4", "uint3", "uint2")
 AUTO_TENSORRT = ("int8", "int4-32s32", "int4-64s32", "int4-128s32")
 _FACTORED = ("svd", "svd-plain", "pivoted")
 # Relative error that rounding alone adds to a factor; of forms that are tried it is measured.
-_NOISE = {8: 0.008, 4: 0.075, 3: 0.16, 2: 0.35, 1: 0.6}
+_NOISE = {64: 1e-12, 32: 1e-6, 16: 4e-3, 8: 0.008, 4: 0.075, 3: 0.16, 2: 0.35, 1: 0.6}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,8 @@ LEGAL = {"reference": _ANY, "ort": _ANY, "trt": _TENSORRT}
 
 def legal(name: str, group: Group, target: str) -> Refusal | None:
     """None, or why a target does not take this storage type for this group."""
+    if name in FLOATS:
+        return None
     rules, kind, site = LEGAL[target.partition("-")[0]], storage(name), group.sites[0]
     if kind.whole or kind.fitted or (kind.levels and kind.bits == 4):
         return Refusal(f"{name} is a type for comparisons: no runtime keeps its codes small")
@@ -81,6 +84,14 @@ def legal(name: str, group: Group, target: str) -> Refusal | None:
     return None
 
 
+def known(name: str) -> bool:
+    """Whether there is such a storage type."""
+    try:
+        return name in FLOATS or bool(storage(name))
+    except KeyError:
+        return False
+
+
 def types_of(given: Sequence[str], target: str) -> tuple[str, ...]:
     """The storage types that ``--storage`` names. Raises UsageError."""
     found: list[str] = []
@@ -88,13 +99,11 @@ def types_of(given: Sequence[str], target: str) -> tuple[str, ...]:
         if name == "auto":
             found += AUTO_TENSORRT if target.startswith("trt") else AUTO
             continue
-        try:
-            storage(name)
-        except KeyError:
+        if not known(name):
             raise UsageError(
-                f"--storage {name}: no such type; there are auto, {', '.join(names())}, and with groups and scales of their own such "
-                "as int4-64 or uint4-32s16"
-            ) from None
+                f"--storage {name}: no such type; there are auto, {', '.join((*FLOATS, *names()))}, and with groups and scales of their "
+                "own such as int4-64 or uint4-32s16"
+            )
         found.append(name)
     return tuple(dict.fromkeys(found))
 
@@ -108,14 +117,10 @@ def stored(
     statistics: StatisticsSource | None,
 ) -> Candidate:
     """The form in a storage type: its bytes, and its error, measured for a weight left dense, estimated for factors."""
-    kind = storage(name)
     bits = 0
     for shape in method.shapes(group, candidate).values():
         size = shape if isinstance(shape, tuple) else shape.shape
-        if len(size) == 2:
-            bits += kind.size(*(size[::-1] if group.sites[0].kind == "lookup" else size))
-        else:
-            bits += 32 * math.prod(size)
+        bits += _bits(size[::-1] if group.sites[0].kind == "lookup" else size, name)
     cost = Cost(candidate.cost.parameters, math.ceil(bits / 8) + candidate.index_bytes, candidate.cost.flops)
     form = replace(
         candidate,
@@ -127,12 +132,23 @@ def stored(
     if method.name == "dense":
         error, movement = _measured(form, method, group, weights, statistics)
         return replace(form, error=error, movement=movement)
-    noise = _NOISE[kind.bits] * math.sqrt(2.0)
+    noise = _NOISE[_width(name)] * math.sqrt(2.0)
     movements = weights.low_rank_movements(group, statistics) if candidate.movement is not None else None
     movement = candidate.movement
     if movements is not None and movement is not None:
         movement += noise**2 * float(movements[0])
     return replace(form, error=math.hypot(candidate.error, noise), movement=movement)
+
+
+def _width(name: str) -> int:
+    return ir.DataType[name.upper()].bitwidth if name in FLOATS else storage(name).bits
+
+
+def _bits(size: tuple[int, ...], name: str) -> int:
+    """What an array takes: all but matrices stay in float32 where numbers are coded."""
+    if name in FLOATS:
+        return _width(name) * math.prod(size)
+    return storage(name).size(*size) if len(size) == 2 else 32 * math.prod(size)
 
 
 def _measured(
@@ -173,7 +189,7 @@ def forms(
 ) -> Iterator[Candidate | Refusal]:
     """Every candidate, dense among them, in every storage type that is legal; and why the others are not."""
     if all(s.kind == "lookup" for s in group.sites):
-        types = [f"{n}s16" if storage(n).scale == "float8" else n for n in types]
+        types = [f"{n}s16" if n not in FLOATS and storage(n).scale == "float8" else n for n in types]
     # taken now: who asks may add to `found` as we go
     of = {m.name: tuple(c for c in found if c.method == m.name) for m in methods}
     for name in types:
