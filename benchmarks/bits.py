@@ -92,7 +92,7 @@ def kashin_joint(two_sided: bool) -> Row:
     def make(W: Array, C: Array) -> tuple[Array, float]:
         K, N = W.shape
         left, right = orthogonal(K, "random", 0), orthogonal(N, "random", 1) if two_sided else None
-        made = k.joint(W, k.decompose(W, left, right, steps=400), 16, 0)[0]
+        made = k.joint(W, k.decompose(W, left, right, steps=60), 16, 0)[0]
         return made.values, 4 * W.size + 16 * 2 * 32 + _bits(left) + (
             _bits(right) if right is not None else 0
         )
