@@ -204,7 +204,7 @@ def test_legality() -> None:
 def test_names_of_types() -> None:
     assert types_of(("auto", "int8"), "ort-cpu") == AUTO
     assert all(n.endswith("s32") or n == "int8" for n in types_of(("auto",), "trt-rtx"))
-    with pytest.raises(UsageError, match="--storage int5: no such type; there are auto, int8"):
+    with pytest.raises(UsageError, match="--storage int5: no such type; there are auto, double, float"):
         types_of(("int5",), "ort-cpu")
 
 
