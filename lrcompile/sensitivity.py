@@ -108,8 +108,10 @@ def predicted(
         seen.setdefault(curve.group.name, []).append((strength(form), measured))
     coded = {c.group.name for c in problem.open if any(f.storage is not None for f in c.candidates)}
     # rounding errors are noise: they add up in squares, and what strays from that is the few rows of the trials
-    exponents = {name: (1.0, 1.0) if name in coded else _EXPONENTS for name in seen}
-    responses = {name: power_law(points, exponents[name]) for name, points in seen.items()}
+    responses = {
+        name: power_law(points, (1.0, 1.0)) if name in coded else power_law(points)
+        for name, points in seen.items()
+    }
     return _with_movements(problem, responses)
 
 
