@@ -102,6 +102,14 @@ def choosing(
         str | None,
         Option(metavar="A,B", help="Factorizations to choose from; dense is always allowed. [default: auto]"),
     ] = None,
+    storage: Annotated[
+        str | None,
+        Option(
+            metavar="A,B",
+            help="Types that factors and weights may be stored in: auto, or int8, int4, uint4, uint3, uint2 and others, groups and "
+            "scales in the name as in int4-64s16. [default: the weight's own; auto with --bits]",
+        ),
+    ] = None,
     include: Annotated[
         str | None,
         Option(metavar="REGEX", help="Exactly the weights whose name matches are eligible, tables too."),
@@ -148,6 +156,13 @@ def budget(
             metavar="T",
             help="Time of one run at the first feed: at most 5ms, or 0.7x of what the original takes; planned by measured costs, "
             "and measured at the end.",
+        ),
+    ] = None,
+    bits: Annotated[
+        float | None,
+        Option(
+            metavar="N",
+            help="Stored bits per number of all eligible weights, scales, zero points and levels counted: at most N, such as 4.5.",
         ),
     ] = None,
     energy: Annotated[

@@ -21,6 +21,7 @@ from lrcompile.bench import Race
 from lrcompile.build import REFERENCE, build, places_for, set_limits
 from lrcompile.calibrate import calibrate
 from lrcompile.child import Child
+from lrcompile.encoding import OPSET
 from lrcompile.errors import BuildError, VerificationError
 from lrcompile.factorize import annotate, factorize
 from lrcompile.factors import FactorSet
@@ -29,6 +30,7 @@ from lrcompile.fused import Nodes, fewer
 from lrcompile.interfaces import BuildOptions, StatisticsSource
 from lrcompile.load import load
 from lrcompile.lower import lower
+from lrcompile.opsets import raisable
 from lrcompile.options import Options
 from lrcompile.plan import (
     Problem,
@@ -44,7 +46,7 @@ from lrcompile.plan import (
 from lrcompile.progress import Progress, silent
 from lrcompile.publish import Package, publish, result_of, save_lowered
 from lrcompile.reactions import reacting
-from lrcompile.records import STORED, Evidence, Plan, Result, Tradeoff, TradeoffPoint
+from lrcompile.records import STORED, Decision, Evidence, Plan, Refusal, Result, Tradeoff, TradeoffPoint
 from lrcompile.refit import refit
 from lrcompile.registry import methods_of, runtime_of
 from lrcompile.report import render
@@ -53,6 +55,7 @@ from lrcompile.sensitivity import predicted
 from lrcompile.sites import find
 from lrcompile.speed import speed_feeds, speed_of, speedup, timed_problem
 from lrcompile.store import check_out, copy_folder, remove_folder, staging
+from lrcompile.storing import types_of
 from lrcompile.study import (
     Study,
     Workshop,
@@ -247,8 +250,9 @@ def problem_of(known: Study) -> Problem:
     options = known.options
     problem = prepare(
         known.finding, known.weights, known.statistics, tuple(known.methods.values()), options.budget,
-        target=options.target, supports=lambda d: known.runtime.supports(d, options.target),
+        target=options.target, supports=lambda d: _supports(d, known),
         include=options.include, exclude=options.exclude, whole=whole_of(known), progress=known.progress,
+        storages=storages_of(known),
     )  # fmt: skip
     if options.budget.asks_speed:
         problem, where = timed_problem(problem, known)
@@ -260,6 +264,22 @@ def problem_of(known: Study) -> Problem:
         problem, known.source, known.weights, known.statistics, known.methods, known.calibration, child=known.child,
         target=known.places.lab, scratch=known.scratch, seed=options.seed, progress=known.progress,
     )  # fmt: skip
+
+
+def _supports(decision: Decision, known: Study) -> Refusal | None:
+    """The runtime's word, and the graph's: codes need operators of an opset that it may not be raised to."""
+    if decision.storage is not None and (no := raisable(known.source.model, OPSET)) is not None:
+        return no
+    return known.runtime.supports(decision, known.options.target)
+
+
+def storages_of(known: Study) -> tuple[str, ...]:
+    """The storage types that weights may take; none where the graph cannot take their operators, which is said."""
+    types = types_of(known.options.storages, known.options.target)
+    if types and (no := raisable(known.source.model, OPSET)) is not None:
+        logger.warning("no weight is stored in fewer bits: %s", no.reason)
+        return ()
+    return types
 
 
 def _attempt(chosen: Plan, job: Job, number: int) -> Attempt:

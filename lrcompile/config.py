@@ -121,10 +121,12 @@ class Config(BaseModel):
 
     target: str | None = None
     methods: Annotated[tuple[str, ...] | None, BeforeValidator(_words), Field(min_length=1)] = None
+    storage: Annotated[tuple[str, ...] | None, BeforeValidator(_words), Field(min_length=1)] = None
     keep: Annotated[float | None, Field(gt=0, le=1)] = None
     size: Annotated[Amount | None, BeforeValidator(_size)] = None
     flops: Annotated[Amount | None, BeforeValidator(parse_amount)] = None
     latency: Annotated[Amount | None, BeforeValidator(parse_latency)] = None
+    bits: Annotated[float | None, Field(gt=0, le=64)] = None
     energy: Annotated[float | None, Field(gt=0, le=1)] = None
     rank: Annotated[int, Field(ge=1)] | Literal["full"] | None = None
     max_error: Annotated[tuple[Limit, ...] | None, BeforeValidator(_limits)] = None
@@ -164,8 +166,8 @@ class Config(BaseModel):
     cache: Path | None = None
 
 
-_SIZE = {"keep", "size", "flops", "latency", "energy", "rank", "plan"}  # only one of these can hold
-_BUDGET = ("keep", "size", "flops", "latency", "energy", "rank", "max_error", "objective")
+_SIZE = {"keep", "size", "flops", "latency", "bits", "energy", "rank", "plan"}  # only one of these can hold
+_BUDGET = ("keep", "size", "flops", "latency", "bits", "energy", "rank", "max_error", "objective")
 _ENGINE = tuple(f.name for f in fields(EngineOptions) if f.name != "shapes")
 
 

@@ -12,6 +12,7 @@ from lrcompile.interfaces import CandidateOptions, Factorization, StatisticsSour
 from lrcompile.permutations import absorbed
 from lrcompile.progress import Progress, silent
 from lrcompile.records import Budget, Candidate, Decision, Finding, Group, Kind, Refusal, Site
+from lrcompile.storing import forms, legal
 from lrcompile.weights import side_by_side
 
 # Kernels like ranks in eights; matrices this small are fitted exactly.
@@ -105,6 +106,7 @@ def prepare(
     include: str | None = None,
     exclude: str | None = None,
     whole: Whole | None = None,
+    storages: Sequence[str] = (),
     progress: Progress = silent,
 ) -> Problem:
     """Curves of every group, computed once; all plans of a search choose from them."""
@@ -135,7 +137,7 @@ def prepare(
             barred = next(filter(None, reasons), None) or next(
                 (f"{s.name} has other readers" for s in group.sites if s.name not in lone), None
             )
-        return barred or _curve(group, weights, statistics, methods, budget, target, supports)
+        return barred or _curve(group, weights, statistics, methods, budget, target, supports, storages)
 
     for group, made in zip(groups, side_by_side(work, groups, lambda group: group), strict=True):
         curve = Curve(group, (), made) if isinstance(made, str) else made
@@ -183,6 +185,7 @@ def _curve(
     budget: Budget,
     target: str,
     supports: Supports,
+    storages: Sequence[str] = (),
 ) -> Curve:
     """All candidates of a group that are legal, or the reasons of all methods."""
     found: list[Candidate] = []
@@ -217,12 +220,23 @@ def _curve(
                 candidate = folded(made) if absorbs and made.index_bytes else made
                 objective = "latency" if budget.asks_speed else budget.objective
                 reason = None if full else _costs(candidate, dense, objective, linear)
+                if candidate.storage is not None and reason is None:
+                    no = legal(candidate.storage, group, target)
+                    reason = no.reason if no is not None else None
                 if reason is None and (no := supports(decision_of(group, candidate, ""))) is not None:
                     reason = no.reason
                 if reason is None:
                     found.append(candidate)
                 elif reason not in reasons:
                     reasons.append(reason)
+    for coded in forms(group, methods, found, storages, target, weights, statistics) if not full else ():
+        if isinstance(coded, Refusal):
+            reasons.append(coded.reason)
+        elif coded.cost.bytes < dense.bytes_before:
+            if (no := supports(decision_of(group, coded, ""))) is None:
+                found.append(coded)
+            else:
+                reasons.append(no.reason)
     found.sort(key=lambda c: (c.cost.parameters, c.error))
     if not reasons and isinstance(budget.rank, int) and budget.rank > min(site.K, site.N):
         reasons = [f"the weight has at most rank {min(site.K, site.N)}"]
@@ -291,7 +305,7 @@ def _costs(candidate: Candidate, dense: Decision, objective: str, linear: bool) 
         if candidate.cost.flops >= dense.flops_before:
             return f"rank {candidate.rank} would take as many FLOPs as the weight (--objective {objective})"
         return None
-    if candidate.cost.parameters >= dense.parameters_before:
+    if candidate.storage is None and candidate.cost.parameters >= dense.parameters_before:
         return f"rank {candidate.rank} would take as many parameters as the weight"
     if candidate.cost.bytes >= dense.bytes_before:
         return (

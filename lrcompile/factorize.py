@@ -14,11 +14,14 @@ import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
 import numpy as np
 import onnx_ir as ir
 
+from lrcompile.coding import FLOATS, decoded, rounded
 from lrcompile.errors import PluginError
 from lrcompile.factors import FactorSet
 from lrcompile.interfaces import Array, Factorization, Factors, StatisticsSource, Weights
 from lrcompile.loss import group_loss
 from lrcompile.progress import Progress, silent
+from lrcompile.quantize import Coded
+from lrcompile.quantize import storage as storage_type
 from lrcompile.records import Candidate, Cost, Decision, Group, Plan
 from lrcompile.weights import side_by_side, storage_of
 
@@ -72,29 +75,43 @@ def _one(
     measured_by: tuple[Weights, StatisticsSource | None],
 ) -> FactorSet:
     site = group.sites[0]
-    storage = storage_of(site)
+    storage = ir.DataType[decision.storage.upper()] if decision.storage in FLOATS else storage_of(site)
     candidate = Candidate(
         method=decision.method, rank=decision.rank,
         cost=Cost(decision.parameters_after, decision.bytes_after, decision.flops_after),
         error=decision.claimed_error or 0.0, bound=decision.bound, structure=decision.structure, storage=decision.storage,
     )  # fmt: skip
     key = (
-        "factors-2", decision.method, str(decision.rank), repr(decision.structure), storage.name, str(seed),
+        "factors-3", decision.method, str(decision.rank), repr(decision.structure), storage.name, str(decision.storage), str(seed),
         *(weights.key(s) for s in group.sites), *(statistics.key(s) if statistics else "" for s in group.sites),
     )  # fmt: skip
 
     def compute() -> Factors:
-        factors = method.factorize(group, weights, statistics, candidate, seed)
-        stored = {n: a if n.startswith("bias") else _stored(a, storage) for n, a in factors.items()}
+        factors, coded = rounded(method, group, weights, statistics, candidate, seed)
+        stored = {
+            n: a if n.startswith("bias") or n in coded else _stored(a, storage) for n, a in factors.items()
+        }
         if broken := [n for n, a in stored.items() if not np.isfinite(a.astype(np.float64)).all()]:
             raise PluginError(f"{method.name} gave NaN or Inf in factor {broken[0]!r} of {group.name}")
         error = group_loss(group, *measured_by, method.reconstruct(group, stored))
-        return {**{_tag(n, a): _raw(a) for n, a in stored.items()}, "measured": np.array([error])}
+        arrays = {n: a for n, a in stored.items() if n not in coded} | _coded_arrays(coded)
+        return {**{_tag(n, a): _raw(a) for n, a in arrays.items()}, "measured": np.array([error])}
 
     kept = weights.remember(key, compute)
     arrays = [_untag(t) for t in kept if t != "measured"]
-    shapes = {n: shape for n, _, shape in arrays}
-    indices = frozenset(n for n, dtype, _ in arrays if dtype.kind == "i")
+    shapes = {n.removeprefix(_CODES): shape for n, _, shape in arrays if not n.startswith(_BESIDE)}
+    coded = frozenset(n.removeprefix(_CODES) for n in (a[0] for a in arrays) if n.startswith(_CODES))
+    if group.sites[0].kind == "lookup":  # coded along their rows
+        shapes = {n: s[::-1] if n in coded else s for n, s in shapes.items()}
+    indices = frozenset(n for n, dtype, _ in arrays if dtype.kind == "i" and not n.startswith(_CODED))
+
+    def codes() -> Mapping[str, Coded]:
+        return _coded(_unpack(weights.remember(key, compute)), decision)
+
+    def load() -> Factors:
+        plain = {n: a for n, a in _unpack(weights.remember(key, compute)).items() if not n.startswith(_CODED)}
+        return decoded({**plain, **dict.fromkeys(coded, _NOTHING)}, codes(), group) if coded else plain
+
     measured = float(kept["measured"][0])
     if (
         decision.bound
@@ -111,8 +128,10 @@ def _one(
         storage,
         shapes,
         measured,
-        lambda: _unpack(weights.remember(key, compute)),
+        load,
         indices,
+        coded,
+        codes,
     )
 
 
@@ -126,6 +145,33 @@ def annotate(plan: Plan, sets: Sequence[FactorSet]) -> Plan:
             for d in plan.decisions
         ),
     )
+
+
+# A coded matrix is several arrays in the cache.
+_CODES, _BESIDE = "codes:", ("scales:", "zeros:", "levels:", "factor:")
+_CODED = (_CODES, *_BESIDE)
+_NOTHING = np.zeros(0)
+
+
+def _coded_arrays(coded: Mapping[str, Coded]) -> dict[str, Array]:
+    made: dict[str, Array] = {}
+    for name, c in coded.items():
+        made |= {f"codes:{name}": c.codes, f"scales:{name}": c.scales, f"factor:{name}": np.array([c.factor])}
+        made |= {
+            f"{kind}:{name}": a for kind, a in (("zeros", c.zeros), ("levels", c.levels)) if a is not None
+        }
+    return made
+
+
+def _coded(arrays: Factors, decision: Decision) -> Mapping[str, Coded]:
+    names = [n.removeprefix(_CODES) for n in arrays if n.startswith(_CODES)]
+    return {
+        n: Coded(
+            storage_type(str(decision.storage)), arrays[f"codes:{n}"], arrays[f"scales:{n}"], arrays.get(f"zeros:{n}"),
+            arrays.get(f"levels:{n}"), float(arrays[f"factor:{n}"][0]),
+        )
+        for n in names
+    }  # fmt: skip
 
 
 # Cached arrays are raw bytes, because bfloat16 and float16 are no types of the store; the name carries the rest.

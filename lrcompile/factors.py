@@ -8,14 +8,16 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from lrcompile.interfaces import Array, Factorization, Factors
+from lrcompile.quantize import Coded
 from lrcompile.records import Decision, Group, Site
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FactorSet:
-    """The factors of one decision. load: reads them, as stored. storage: their type, but for `indices`. shapes: of each array.
+    """The factors of one decision. load: reads them, as stored. storage: their type, but for `indices` and `coded`. shapes: of each array.
 
-    indices: names of those that hold integers (int32). measured: the group's relative error with these very arrays, by the calibration's statistics.
+    indices: names of those that hold integers (int32). coded: names of those that are stored in the decision's storage type, which
+    `codes` reads; `load` gives what they mean. measured: the group's relative error with these very arrays, by the calibration's statistics.
     """
 
     decision: Decision
@@ -26,6 +28,8 @@ class FactorSet:
     measured: float
     load: Callable[[], Factors] = field(repr=False)
     indices: frozenset[str] = frozenset()
+    coded: frozenset[str] = frozenset()
+    codes: Callable[[], Mapping[str, Coded]] = field(repr=False, default=dict)
 
     def type_of(self, name: str) -> ir.DataType:
         return ir.DataType.INT32 if name in self.indices else self.storage

@@ -37,7 +37,11 @@ def _merge(model: ir.Model) -> int:
     for body in bodies(model):
         made: dict[object, ir.Node] = {}
         for node in list(body.graph):
-            if "lrcompile.method" not in node.metadata_props or node.op_type == "Constant":
+            # runtimes keep codes small where each DequantizeLinear has one reader
+            if "lrcompile.method" not in node.metadata_props or node.op_type in (
+                "Constant",
+                "DequantizeLinear",
+            ):
                 continue
             attributes = tuple(sorted((a.name, str(a.value)) for a in node.attributes.values()))
             first = made.setdefault((node.op_type, tuple(map(id, node.inputs)), attributes), node)

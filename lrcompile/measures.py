@@ -2,6 +2,7 @@
 
 --keep     parameters of the eligible weights     --size     bytes of all constants
 --flops    2 MAC of the sites at the first feed   --latency  seconds of a run at the first feed, by the cost table
+--bits     stored bits of the eligible weights, scales, zero points and levels among them
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from lrcompile.cost import dense_flops
+from lrcompile.cost import dense_flops, stored_bytes
 from lrcompile.curves import Problem, Whole, decision_of, dense_of
 from lrcompile.records import Candidate, Decision, Group, Plan
 
@@ -54,6 +55,14 @@ def measure_of(problem: Problem) -> Measure:
         assert whole is not None and whole.seconds is not None
         of, total, words = seconds, whole.seconds, "seconds"
         asked = budget.latency.of(total)
+    elif budget.bits is not None:  # of the eligible weights, those left dense too
+        of, total, words = (
+            size,
+            float(sum(stored_bytes(c.group) for c in problem.open if c.group.shares_weight)),
+            "stored bytes",
+        )
+        total += problem.fixed * (total / max(problem.total - problem.fixed, 1))
+        asked = budget.bits / 8.0 * problem.total
     elif budget.size is not None or (budget.keep is None and budget.flops is None):
         assert whole is not None
         of, total, words = size, float(whole.bytes), "bytes"

@@ -28,6 +28,7 @@ class Options:
 
     target: str = "ort-cpu"
     methods: tuple[str, ...] = ("auto",)
+    storage: tuple[str, ...] = ()
     budget: Budget = field(default_factory=Budget)
     plan: Plan | None = None
     data: Data | None = None
@@ -67,6 +68,8 @@ class Options:
             raise UsageError(
                 f"--latency {b.latency}: give a time such as 5ms, or a share of the original's, below 1x, such as 0.7x"
             )
+        if b.bits is not None and not 0 < b.bits <= 64:
+            raise UsageError(f"--bits {b.bits:g}: give stored bits per number, above 0, such as 4.5")
         if b.energy is not None and not 0 < b.energy <= 1:
             raise UsageError(f"--energy {b.energy:g}: give a share, above 0 and at most 1")
         if isinstance(b.rank, int) and b.rank < 1:
@@ -122,6 +125,11 @@ class Options:
                 "--pareto needs --data: without it nothing predicts how far a smaller plan moves the outputs"
             )
         return options
+
+    @property
+    def storages(self) -> tuple[str, ...]:
+        """What factors and weights may be stored in, besides their own type; ``--bits`` implies auto."""
+        return self.storage or (("auto",) if self.budget.bits is not None else ())
 
     @property
     def refits(self) -> bool:

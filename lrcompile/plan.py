@@ -14,11 +14,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lrcompile.allocate import Options, allocate, cheapest, covers_of
+from lrcompile.cost import stored_bytes
 from lrcompile.curves import Curve, Problem, Whole, decision_of, dense_of, folded, knows, prepare, refused_of
 from lrcompile.errors import BudgetError, UsageError
 from lrcompile.interfaces import CandidateOptions, Factorization, StatisticsSource, Weights
 from lrcompile.measures import Measure, flops_after, measure_of
 from lrcompile.records import Amount, Budget, Candidate, Decision, Evidence, Finding, Group, Plan
+from lrcompile.storing import known, legal, stored
 
 __all__ = [
     "Problem",
@@ -56,7 +58,7 @@ class Trial:
 def choose(problem: Problem) -> Plan:
     """The first plan for the problem's budget. Raises BudgetError when no plan keeps it."""
     budget = problem.budget
-    if any(v is not None for v in (budget.keep, budget.size, budget.flops, budget.latency)):
+    if any(b is not None for b in (budget.keep, budget.size, budget.flops, budget.latency, budget.bits)):
         measure = measure_of(problem)
         if measure.limit >= measure.sum_of(problem):
             return dense_plan(problem, "the budget keeps everything")
@@ -324,8 +326,15 @@ def _at(curve: Curve, ratio: float) -> Candidate | None:
     """The most accurate candidate within the ratio, or the smallest there is."""
     if not curve.candidates:
         return None
-    within = [c for c in curve.candidates if c.cost.parameters <= ratio * curve.group.elements]
-    return min(within, key=lambda c: (c.error, c.cost.parameters)) if within else curve.candidates[0]
+    whole = stored_bytes(curve.group)
+    within = [
+        c
+        for c in curve.candidates
+        if (c.cost.parameters / curve.group.elements if c.storage is None else c.cost.bytes / whole) <= ratio
+    ]
+    if within:
+        return min(within, key=lambda c: (c.error, c.cost.parameters))
+    return min(curve.candidates, key=lambda c: c.cost.bytes)
 
 
 def _by_energy(curve: Curve, energy: float) -> Choice:
@@ -418,6 +427,11 @@ def check_plan(
                 f"the plan's {decision.method} at {decision.group!r} is multiplied out when the file is loaded and saves the file only: "
                 "give --objective disk"
             )
+        if decision.storage is not None:
+            no = legal(decision.storage, group, target) if known(decision.storage) else None
+            if no is not None or not known(decision.storage):
+                reason = no.reason if no is not None else "there is no such type"
+                raise UsageError(f"the plan stores {decision.group!r} in {decision.storage!r}: {reason}")
         for name in decision.sites:
             if name in taken:
                 raise UsageError(
@@ -452,6 +466,8 @@ def _priced(
         for candidate in method.candidates(group, weights, statistics, options):
             if decision.permutes == "out" and candidate.index_bytes:
                 candidate = folded(candidate)
+            if decision.storage is not None and candidate.storage is None:
+                candidate = stored(candidate, decision.storage, method, group, weights, statistics)
             if (candidate.rank, candidate.structure, candidate.storage) == form:
                 return decision_of(group, candidate, decision.reason)
     raise UsageError(

@@ -166,9 +166,8 @@ def published_factors(
     published: ir.Model,
 ) -> tuple[FactorSet, ...] | None:
     """The factors of every decision as the published graph holds them; None when it holds one in another form."""
-    if any(
-        d.permutes for d in decisions
-    ):  # folded into neighbours, whose factors are not in their own order any more
+    # folded into neighbours, whose factors are not in their own order any more; or codes, whose factors stand in several constants
+    if any(d.permutes or d.storage for d in decisions):
         return None
     constants = published.graph.initializers
     sets = []

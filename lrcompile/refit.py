@@ -81,7 +81,7 @@ def refit(
         decisions = tuple(replace(by_group[g.name], bound=False) for g in stage.groups)
         live = LiveStatistics(walk, index, hashlib.sha256(known.encode()).hexdigest())
         part = replace(plan, decisions=decisions)
-        corrects = {d.group for d in decisions if methods[d.method].needs_data}
+        corrects = {d.group for d in decisions if methods[d.method].needs_data or d.storage is not None}
         centred = {s.name for g in stage.groups if g.name in corrects for s in _centred(g)}
         made = factorize(
             part,

@@ -14,6 +14,7 @@ from functools import partial
 import numpy as np
 import onnx_ir as ir
 
+from lrcompile.encoding import OPSET, Part, decode, decode_rows, parts_of
 from lrcompile.factors import FactorSet, bias_in_place
 from lrcompile.graph import (
     DOMAIN,
@@ -27,6 +28,9 @@ from lrcompile.graph import (
     tensor_of,
 )
 from lrcompile.interfaces import Array, Call, Constant
+from lrcompile.opsets import raise_opset
+from lrcompile.quantize import Storage
+from lrcompile.quantize import storage as storage_type
 from lrcompile.records import Group, Site, Step
 
 _ROWS = 256  # of a matrix, moved at a time
@@ -36,6 +40,8 @@ def rewrite(model: ir.Model, sets: Sequence[FactorSet]) -> ir.Model:
     """A copy of the model in neutral form."""
     copy, twins = _copy(model)
     names = Names(copy)
+    if any(factors.coded for factors in sets):
+        raise_opset(copy, OPSET)
     for factors in sets:
         edits = factors.method.edits(factors.group, factors.load())
         given = _Initializers(copy, factors, names)
@@ -191,15 +197,31 @@ class _Initializers:
         self._model, self._factors, self._names = model, factors, names
         self._made: dict[str, ir.Value] = {}
         self._prefix = f"{factors.group.sites[0].name}/{factors.decision.method}"
+        self._parts = parts_by_name(factors)
 
     def __getitem__(self, name: str) -> ir.Value:
-        if name not in self._made:
+        if name not in self._made and (part := self._parts.get(name)) is not None:
+            self._made[name] = _initializer(
+                self._model, self._names.value(f"{self._prefix}/{name}"), part.dtype, part.array.shape,
+                partial(_same, part.array),
+            )  # fmt: skip
+        elif name not in self._made:
             factors = self._factors
             self._made[name] = _initializer(
                 self._model, self._names.value(f"{self._prefix}/{name}"), factors.type_of(name), factors.shapes[name],
                 lambda: factors.load()[name],
             )  # fmt: skip
         return self._made[name]
+
+
+def parts_by_name(factors: FactorSet) -> dict[str, Part]:
+    """The constants of coded factors: ``w``, ``w.scale``, ``w.zero``."""
+    by_row = factors.group.sites[0].kind == "lookup"
+    return {
+        f"{name}.{suffix}" if suffix else name: part
+        for name, coded in (factors.codes().items() if factors.coded else ())
+        for suffix, part in parts_of(coded, by_row=by_row).items()
+    }
 
 
 class _Parameters(Mapping[str, ir.Value]):
@@ -209,16 +231,43 @@ class _Parameters(Mapping[str, ir.Value]):
         self.parameters: dict[str, ir.Value] = {}
         self._typed: dict[str, ir.Value] = {}
         self._op, self._factors, self._compute, self._prefix = op, factors, compute, prefix
+        self._names = tuple(parts_by_name(factors))
 
     def __getitem__(self, name: str) -> ir.Value:
         if name not in self._typed:
             if name not in self._factors.shapes or name.startswith("bias."):
                 raise KeyError(name)
+            if name in self._factors.coded:
+                shape = self._factors.shapes[name]
+                self._typed[name] = decode(
+                    self._op, self._parts(name), self._kind, shape, self._compute, name
+                )
+                return self._typed[name]
             value = self.parameters[name] = ir.Value(name=f"{self._prefix}/{name}_in")
             if self._factors.type_of(name) not in (self._compute, ir.DataType.INT32):
                 value = self._op("Cast", value, name=f"{name}_cast", to=self._compute)
             self._typed[name] = value
         return self._typed[name]
+
+    def rows(self, name: str, ids: ir.Value) -> ir.Value:
+        """Rows of a coded table."""
+        shape = self._factors.shapes[name]
+        return decode_rows(self._op, self._parts(name), self._kind, shape, ids, self._compute, name)
+
+    @property
+    def _kind(self) -> Storage:
+        return storage_type(str(self._factors.decision.storage))
+
+    def _parts(self, name: str) -> dict[str, ir.Value]:
+        """Parameters for the constants of a coded factor, by suffix."""
+        found: dict[str, ir.Value] = {}
+        for part in self._names:
+            head, _, suffix = part.rpartition(".")
+            if part == name or (head == name and part not in self._factors.shapes):
+                found["" if part == name else suffix] = self.parameters[part] = ir.Value(
+                    name=f"{self._prefix}/{part}_in"
+                )
+        return found
 
     def __iter__(self) -> Iterator[str]:
         return (n for n in self._factors.shapes if not n.startswith("bias."))
@@ -259,12 +308,23 @@ def _call(
     shapes = {n: factors.shapes[n] for n in inside}
     x = _steps(op, data, site.wiring.before)
     bias = addend if site.kind == "conv" else None  # a Conv adds it itself
-    y = factors.method.emit(
-        op,
-        Call(
-            site.kind, group.transposed[index], x, inside, shapes, opset_of(model), index, site.window, bias
-        ),
-    )
+    if site.kind == "lookup" and factors.coded:  # emit would decode the whole table
+        y = inside.rows("w", x)
+    else:
+        y = factors.method.emit(
+            op,
+            Call(
+                site.kind,
+                group.transposed[index],
+                x,
+                inside,
+                shapes,
+                opset_of(model),
+                index,
+                site.window,
+                bias,
+            ),
+        )
     if site.wiring.scale != 1.0:
         y = op("Mul", y, op.constant(np.asarray(site.wiring.scale, compute.numpy()), "scale"), name="scaled")
     y = _steps(op, y, site.wiring.after)
@@ -292,10 +352,10 @@ def _call(
         arguments.append(node.inputs[site.wiring.addend])
     old = node.outputs[0]
     result = ir.Value(name=old.name, type=old.type, shape=old.shape)
-    call = ir.Node(DOMAIN, prefix, arguments, outputs=[result], name=prefix)
-    call.metadata_props.update({**node.metadata_props, **metadata})
+    called = ir.Node(DOMAIN, prefix, arguments, outputs=[result], name=prefix)
+    called.metadata_props.update({**node.metadata_props, **metadata})
     operands = list(node.inputs)
-    ir.convenience.replace_nodes_and_values(node.graph, node, [node], [call], [old], [result])
+    ir.convenience.replace_nodes_and_values(node.graph, node, [node], [called], [old], [result])
     for operand in operands:
         if operand is not None and operand not in arguments:
             drop(model, operand)

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lrcompile.carrier import Carrier, read_all
+from lrcompile.coding import rounded
+from lrcompile.cost import stored_bytes
 from lrcompile.curves import Curve, Problem
 from lrcompile.feeds import mask_over, masks_of
 from lrcompile.figures import Movement
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _SHARES = (0.75, 0.4)  # of a group's parameters: the forms that are tried
+_BITS_SHARES = (0.13, 0.07)  # of a group's bytes, where forms differ by storage
 _PASSES = 4.0  # runs of the whole calibration data that all trials together may cost
 _PLACES = 6  # in the graph, from which the rest is run
 _LOGITS = 256  # rows of logits that are compared
@@ -93,7 +96,7 @@ def predicted(
 
         def changed(curve: Curve, form: Candidate) -> Mapping[Constant, Array]:
             method = methods[form.method]
-            factors = method.factorize(curve.group, weights, statistics, form, seed)
+            factors, _ = rounded(method, curve.group, weights, statistics, form, seed, sweeps=0)
             return method.reconstruct(curve.group, factors)
 
         bench = _Bench(source, weights, few, child, target, scratch, progress)
@@ -103,17 +106,22 @@ def predicted(
     for curve, form in trials:
         measured = float(weights.remember(key(curve, form), _gone)["movement"][0])
         seen.setdefault(curve.group.name, []).append((strength(form), measured))
-    responses = {name: power_law(points) for name, points in seen.items()}
+    coded = {c.group.name for c in problem.open if any(f.storage is not None for f in c.candidates)}
+    # rounding errors are noise: they add up in squares, and what strays from that is the few rows of the trials
+    responses = {
+        name: power_law(points, (1.0, 1.0)) if name in coded else power_law(points)
+        for name, points in seen.items()
+    }
     return _with_movements(problem, responses)
 
 
-def power_law(points: Sequence[tuple[float, float]]) -> Response:
+def power_law(points: Sequence[tuple[float, float]], exponents: tuple[float, float] = _EXPONENTS) -> Response:
     """Through one point straight from the origin; through two as a power law whose exponent stays sane."""
     points = sorted((max(x, _LEAST), max(y, _LEAST)) for x, y in points)
     (x0, y0), (x1, y1) = points[0], points[-1]
     exponent = 1.0
     if x1 > 1.05 * x0:
-        exponent = float(np.clip(math.log(y1 / y0) / math.log(x1 / x0), *_EXPONENTS))
+        exponent = float(np.clip(math.log(y1 / y0) / math.log(x1 / x0), *exponents))
     scale = float(np.exp(np.mean([math.log(y) - exponent * math.log(x) for x, y in (points[0], points[-1])])))
     return Response(scale, exponent)
 
@@ -152,10 +160,16 @@ def _forms(curve: Curve) -> list[Candidate]:
     """At most two forms of a group, by the share of its parameters; of those that cost the same the more accurate."""
     chosen: list[Candidate] = []
     front = _front(curve)  # what a plan could choose
-    for share in _SHARES:
+    coded = any(c.storage is not None for c in curve.candidates)
+    whole = stored_bytes(curve.group)
+
+    def share_of(form: Candidate) -> float:
+        return form.cost.bytes / whole if coded else form.cost.parameters / curve.group.elements
+
+    for share in _BITS_SHARES if coded else _SHARES:
         best = min(
-            front,
-            key=lambda c: (abs(c.cost.parameters / curve.group.elements - share), c.error),
+            curve.candidates if coded else front,
+            key=lambda c: (abs(share_of(c) - share), c.error),
             default=None,
         )
         if best is not None and best not in chosen:

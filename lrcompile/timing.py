@@ -145,11 +145,11 @@ class Clock:
     def of(
         self, group: Group, candidate: Candidate | None, method: Factorization | None, rows: Mapping[str, int]
     ) -> float | None:
-        """Seconds of all readers of a group's weights, each at its number of rows; None where one was not timed, as no Conv is.
+        """Seconds of all readers of a group's weights, each at its number of rows; None where one was not timed, as no Conv is, nor a type of few bits.
 
         candidate None: as they are.
         """
-        if not can_be_timed(group):
+        if not can_be_timed(group) or (candidate is not None and candidate.storage is not None):
             return None
         total = 0.0
         for form, site in forms_of(group, candidate, method, self.dtype):

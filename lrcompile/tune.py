@@ -134,7 +134,7 @@ def wanted_of(
 def _few(curve: Curve) -> Iterator[Candidate]:
     """Of each method the structures that err least at half the parameters, and of each of these a few ranks."""
     kinds: dict[tuple[str, str | None], dict[object, list[Candidate]]] = {}
-    for c in curve.candidates:
+    for c in (c for c in curve.candidates if c.storage is None):
         kinds.setdefault((c.method, c.permutes), {}).setdefault(c.structure, []).append(c)
     for structures in kinds.values():
         for several in sorted(structures.values(), key=lambda s: _half(curve, s).error)[:_STRUCTURES]:

@@ -100,7 +100,7 @@ class Amount:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What the user asked for. At most one of keep, size, flops, latency, energy, rank binds; max_error judges (or steers when alone).
+    """What the user asked for. At most one of keep, size, flops, latency, bits, energy, rank binds; max_error judges (or steers when alone).
 
     latency: seconds of one run at the first feed, or a share of what the original takes.
     """
@@ -109,6 +109,7 @@ class Budget:
     size: Amount | None = None
     flops: Amount | None = None
     latency: Amount | None = None
+    bits: float | None = None
     energy: float | None = None
     rank: int | Literal["full"] | None = None
     max_error: tuple[Limit, ...] = ()
@@ -118,7 +119,8 @@ class Budget:
     def bounds_size(self) -> bool:
         """Whether something other than the error limit binds."""
         return any(
-            v is not None for v in (self.keep, self.size, self.flops, self.latency, self.energy, self.rank)
+            v is not None
+            for v in (self.keep, self.size, self.flops, self.latency, self.bits, self.energy, self.rank)
         )
 
     @property
@@ -129,7 +131,7 @@ class Budget:
     @property
     def bounds(self) -> tuple[str, ...]:
         """What binds, as it is written on the command line: ``--size 60MB``."""
-        names = ("keep", "size", "flops", "latency", "energy", "rank")
+        names = ("keep", "size", "flops", "latency", "bits", "energy", "rank")
         given = [(n, v) for n in names if (v := getattr(self, n)) is not None]
         return tuple(f"--{n} {_spelled(n, v)}" for n, v in given)
 

@@ -60,9 +60,10 @@ class Dense:
 
     def reconstruct(self, group: Group, factors: Factors) -> Mapping[Constant, Array]:
         w = factors["w"].astype(np.float64)
-        return {
+        changed = {
             (s.name, "weight"): w.T if t else w for s, t in zip(group.sites, group.transposed, strict=True)
         }
+        return {**changed, **self.edits(group, factors)}
 
     def emit(self, op: Op, call: Call) -> ir.Value:
         w = call.factors["w"]
@@ -73,7 +74,12 @@ class Dense:
         return op("MatMul", call.x, w, name="product")
 
     def edits(self, group: Group, factors: Factors) -> Mapping[Constant, Array]:
-        return {}
+        # of a weight in fewer bits the core corrects the bias
+        return {
+            (s.name, "bias"): factors[f"bias.{i}"].astype(np.float64)
+            for i, s in enumerate(group.sites)
+            if f"bias.{i}" in factors
+        }
 
 
 factorizations: tuple[Factorization, ...] = (Dense(),)

@@ -464,7 +464,8 @@ def test_an_edited_plan_is_priced_anew() -> None:
         ({"rank": 0}, "the plan's rank 0 at 'layer0' is not between 1 and 10"),
         ({"rank": 11}, "the plan's rank 11 at 'layer0' is not between 1 and 10"),
         ({"method": "svd"}, "which needs calibration data there: give --data"),
-        ({"storage": "int4"}, "in a form that it does not have"),
+        ({"storage": "int5"}, "the plan stores 'layer0' in 'int5': there is no such type"),
+        ({"storage": "kmeans4"}, "the plan stores 'layer0' in 'kmeans4': kmeans4 is a type for comparisons"),
         ({"structure": (("blocks", 2),)}, "in a form that it does not have"),
     ],
 )

@@ -1,0 +1,114 @@
+"""Factors in a storage type: what their arrays become, rounded with what is known of the inputs that meet them.
+
+A factor that multiplies the site's input (`w`, `a`, `p`) is rounded with error feedback by the input's second moment C; one behind it
+(`b`, `c`) by A^T C A, what the first one makes of the input; all others by a search over scales alone. Where a bias can absorb it, the mean of
+what rounding changed goes there. Tables are coded along their rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from lrcompile.interfaces import Array, Factorization, Factors, StatisticsSource, Weights
+from lrcompile.quantize import Coded, Storage, fed_back, searched, storage, sweep
+from lrcompile.records import Candidate, Group, Site
+
+# Types that hold numbers as they are, rounded: there are no codes.
+FLOATS = ("double", "float", "float16", "bfloat16")
+_SWEEPS = 2
+_FIRST, _SECOND = ("w", "a", "p"), ("b", "c")
+_LARGEST = 8192  # rows of a moment: error feedback takes K^2 N
+
+
+def coded_factors(
+    factors: Factors,
+    kind: Storage,
+    group: Group,
+    statistics: StatisticsSource | None,
+    *,
+    sweeps: int = _SWEEPS,
+) -> dict[str, Coded]:
+    """Every matrix among the factors in this storage type; vectors, indices, biases and ``orthogonal.i`` are left out."""
+    moment = _moment(group, statistics)
+    made: dict[str, Coded] = {}
+    for name, array in factors.items():
+        if array.dtype.kind == "i" or array.ndim != 2 or name.startswith(("bias", "orthogonal")):
+            continue
+        if group.sites[0].kind == "lookup":
+            made[name] = searched(array.T, kind)
+            continue
+        C = None
+        if moment is not None and name in _FIRST and len(array) == len(moment):
+            C = moment
+        elif moment is not None and name.split(".")[0] in _SECOND:
+            first = next((made[n].values for n in _FIRST if n in made), None)
+            C = first.T @ moment @ first if first is not None else None
+        if C is None or len(C) > _LARGEST or kind.bits >= 8:
+            made[name] = searched(array, kind, None if C is None else np.diagonal(C))
+        else:
+            made[name] = (
+                sweep(array, C, fed_back(array, C, kind), sweeps) if sweeps else fed_back(array, C, kind)
+            )
+    return made
+
+
+def decoded(factors: Factors, coded: Mapping[str, Coded], group: Group) -> dict[str, Array]:
+    """The factors with what their codes mean."""
+    by_row = group.sites[0].kind == "lookup"
+    values = {n: c.values.T if by_row else c.values for n, c in coded.items()}
+    return {n: values.get(n, a) for n, a in factors.items()}
+
+
+def rounded(
+    method: Factorization,
+    group: Group,
+    weights: Weights,
+    statistics: StatisticsSource | None,
+    form: Candidate,
+    seed: int,
+    sweeps: int = _SWEEPS,
+) -> tuple[Factors, Mapping[str, Coded]]:
+    """The factors of a form, as its storage type leaves them, biases corrected; and the codes."""
+    factors = method.factorize(group, weights, statistics, form, seed)
+    if form.storage is None or form.storage in FLOATS:
+        return factors, {}
+    kind = storage(form.storage)
+    coded = coded_factors(factors, kind, group, statistics, sweeps=sweeps)
+    made = decoded(factors, coded, group)
+    if not corrects(group, statistics):
+        return made, coded
+    before, after = method.reconstruct(group, factors), method.reconstruct(group, made)
+    for i, site in enumerate(group.sites):
+        known = statistics.of(site) if statistics is not None else None
+        bias = factors.get(f"bias.{i}", weights.bias(site))
+        assert known is not None and known.mean is not None and bias is not None
+        made[f"bias.{i}"] = bias + known.mean @ (before[site.name, "weight"] - after[site.name, "weight"])
+    return made, coded
+
+
+def corrects(group: Group, statistics: StatisticsSource | None) -> bool:
+    """Whether biases absorb the mean of what rounding changes: every site has one of its own, and its mean input is known."""
+    return group.kind in ("alone", "qkv", "gate_up") and all(_has_mean(s, statistics) for s in group.sites)
+
+
+def _has_mean(site: Site, statistics: StatisticsSource | None) -> bool:
+    known = statistics.of(site) if statistics is not None else None
+    return (
+        known is not None and known.mean is not None and site.bias is not None and site.wiring is not None
+        and site.wiring.scale != 0.0
+    )  # fmt: skip
+
+
+def _moment(group: Group, statistics: StatisticsSource | None) -> Array | None:
+    """(K, K) of the input that the group's first factor meets; of several readers of one weight the mean."""
+    if statistics is None or any(group.transposed):
+        return None
+    centred = corrects(group, statistics)
+    known = [statistics.of(s) for s in (group.sites if group.shares_weight else group.sites[:1])]
+    moments = [k.weighing(centred) for k in known if k is not None and k.second is not None]
+    if not moments:
+        return None
+    mean: Array = np.mean(moments, axis=0)
+    return mean

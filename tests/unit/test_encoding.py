@@ -1,0 +1,135 @@
+"""Coded matrices in ONNX compute what the codes mean, and stay small in ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+
+from lrcompile.encoding import OPSET, decode, decode_rows, parts_of
+from lrcompile.graph import Builder
+from lrcompile.interfaces import Array
+from lrcompile.quantize import Coded, searched, storage
+
+LINEAR = (
+    "int8", "int8-32", "int4", "int4-64", "int4-128s32", "uint4", "uint4-32s16", "uint4-16", "int3", "uint3", "uint3-64", "int2",
+    "uint2", "uint2-16", "ternary", "sign", "float8",
+)  # fmt: skip
+TABLES = ("int8", "int4s16", "uint4-32s16", "int4-16s32")
+
+
+def model_of(coded: Coded, *, lookup: bool, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Model:
+    """x @ W, or W[ids] of a table whose transpose is coded."""
+    K, N = coded.codes.shape
+    op, given, held = Builder("g"), {}, []
+    for suffix, part in parts_of(coded, by_row=lookup).items():
+        tensor = ir.Tensor(
+            np.ascontiguousarray(part.array).reshape(part.array.shape), dtype=part.dtype, name=f"w.{suffix}"
+        )
+        given[suffix] = ir.Value(
+            name=f"w.{suffix}",
+            type=ir.TensorType(part.dtype),
+            shape=ir.Shape(part.array.shape),
+            const_value=tensor,
+        )
+        held.append(given[suffix])
+    if lookup:
+        x = ir.val("x", ir.DataType.INT64, ir.Shape(["rows", 2]))
+        y = decode_rows(op, given, coded.storage, (N, K), x, dtype, "w")
+    else:
+        x = ir.val("x", dtype, ir.Shape(["rows", K]))
+        y = op("MatMul", x, decode(op, given, coded.storage, (K, N), dtype, "w"))
+    y.type, y.shape = ir.TensorType(dtype), ir.Shape([None] * (3 if lookup else 2))
+    graph = ir.Graph([x], [y], nodes=op.nodes, initializers=held, opset_imports={"": OPSET}, name="g")
+    return ir.Model(graph, ir_version=10)
+
+
+def session_of(model: ir.Model, optimized: Path | None = None) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    proto = ir.to_proto(model)
+    onnx.checker.check_model(proto)
+    return onnxruntime.InferenceSession(
+        proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+
+
+def weight(K: int, N: int, seed: int = 0) -> Array:
+    return np.random.default_rng(seed).standard_normal((K, N))
+
+
+@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize("shape", ((64, 48), (50, 7), (33, 1), (1, 5), (130, 6)))
+def test_products(name: str, shape: tuple[int, int]) -> None:
+    """Whole groups and not, one column, one row."""
+    coded = searched(weight(*shape), storage(name))
+    X = np.random.default_rng(1).standard_normal((3, shape[0])).astype(np.float32)
+    (y,) = session_of(model_of(coded, lookup=False)).run(None, {"x": X})
+    np.testing.assert_allclose(y, X.astype(np.float64) @ coded.values, atol=1e-4)  # sums of 130 in float32
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_rows_of_tables(name: str) -> None:
+    coded = searched(weight(64, 20), storage(name))
+    ids = np.array([[0, 19], [-1, 7], [3, 3]])
+    (y,) = session_of(model_of(coded, lookup=True)).run(None, {"x": ids})
+    np.testing.assert_allclose(y, coded.values.T[ids], atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", (ir.DataType.FLOAT16, ir.DataType.DOUBLE))
+def test_other_computing_types(dtype: ir.DataType) -> None:
+    coded = searched(weight(64, 8), storage("uint4"))
+    X = np.random.default_rng(1).standard_normal((3, 64)).astype(dtype.numpy())
+    (y,) = session_of(model_of(coded, lookup=False, dtype=dtype)).run(None, {"x": X})
+    np.testing.assert_allclose(
+        y, X.astype(np.float64) @ coded.values, atol=0.1 if dtype == ir.DataType.FLOAT16 else 1e-5
+    )
+
+
+@pytest.mark.parametrize("name", [*LINEAR, *TABLES])
+def test_the_file_holds_the_bits_that_are_counted(name: str) -> None:
+    coded = searched(weight(96, 32), storage(name))
+    model = model_of(coded, lookup=False)
+    held = sum(
+        v.const_value.size * v.const_value.dtype.bitwidth
+        for v in model.graph.initializers.values()
+        if v.const_value
+    )
+    # of less than four bits zero points take four; a sign's or a ternary's is not counted, being always one
+    spare = 4 * coded.scales.size if coded.storage.bits < 4 else 0
+    assert coded.bits <= held <= coded.bits + spare
+
+
+@pytest.mark.parametrize(
+    "name", ("int8", "int4", "int4-64", "int4-128s32", "uint4", "uint3", "uint2", "sign", "ternary")
+)
+def test_onnx_runtime_keeps_codes(name: str, tmp_path: Path) -> None:
+    """The graph that runs multiplies by codes, at most 8 bits a number, and holds no float matrix of the weight's size."""
+    coded = searched(weight(256, 128), storage(name))
+    session_of(model_of(coded, lookup=False), tmp_path / "optimized.onnx")
+    ran = onnx.load(tmp_path / "optimized.onnx")
+    assert Counter(n.op_type for n in ran.graph.node) == {"MatMulNBits": 1}
+    floats = [i for i in ran.graph.initializer if i.data_type in (1, 10) and np.prod(i.dims) >= 256 * 128]
+    assert not floats
+    bits = next(a.i for a in ran.graph.node[0].attribute if a.name == "bits")
+    assert bits == (8 if coded.storage.bits == 8 else 4)
+
+
+def test_a_wrong_code_is_seen() -> None:
+    """Negative control: one code off, and the product is not the one that the codes mean."""
+    coded = searched(weight(64, 8), storage("uint4"))
+    wrong = coded.codes.copy()
+    wrong[5, 3] ^= 1
+    X = np.eye(64, dtype=np.float32)
+    model = model_of(replace(coded, codes=wrong), lookup=False)
+    (y,) = session_of(model).run(None, {"x": X})
+    assert np.abs(y - coded.values).max() > 0.01
