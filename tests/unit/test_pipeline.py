@@ -150,3 +150,13 @@ def test_a_wrong_rewrite_is_found(options: Options, child: Child, monkeypatch: p
     monkeypatch.setattr(pipeline, "rewrite", flipped)
     with pytest.raises(VerificationError, match="does not compute"):
         LowRankPass(options, verify=True, child=child)(model())
+
+
+def test_a_precision_is_part_of_the_pass(options: Options, child: Child) -> None:
+    half = dataclasses.replace(options, precision="fp16", timeout=300.0)
+    result = LowRankPass(half, verify=True, child=child)(model())
+    types = {v.dtype for v in result.model.graph.initializers.values() if v.name and "/svd/" in v.name}
+    assert types == {ir.DataType.FLOAT16}
+    assert result.model.graph.inputs[0].dtype == result.model.graph.outputs[0].dtype == ir.DataType.FLOAT
+    with pytest.raises(UsageError, match="inline=False"):
+        LowRankPass(half, inline=False)
