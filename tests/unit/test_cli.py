@@ -21,6 +21,7 @@ from typer.testing import CliRunner, Result
 
 import lrcompile
 from lrcompile import cli
+from lrcompile.records import EngineOptions, flag_of
 from tests.graphs import node, normal, proto
 
 Run = Callable[..., Result]
@@ -108,10 +109,12 @@ def test_every_command_has_help(run: Run, command: str) -> None:
 
 def test_every_option_has_a_flag(run: Run) -> None:
     text = run("compile", "--help").stdout
-    names = {n for n in lrcompile.Options.__dataclass_fields__ if n not in ("budget", "dims")}
+    names = {n for n in lrcompile.Options.__dataclass_fields__ if n not in ("budget", "dims", "engine")}
     budget = set(lrcompile.Budget.__dataclass_fields__)
     for name in names | budget | {"dim", "config"}:
         assert f"--{name.replace('_', '-')}" in text, name
+    for name in EngineOptions.__dataclass_fields__:
+        assert flag_of(name) in text, name
     for words in (
         "eligible",
         "constants",
@@ -413,7 +416,7 @@ def test_the_published_configuration_makes_the_same_folder(home: Path, run: Run)
         ("plan model.onnx --data data.npz --flops 2x", "--flops 2x: give an amount such as 1.2G"),
         ("plan model.onnx --data data.npz --size 1KB --flops 0.5x", "--size and --flops both bound"),
         ("plan model.onnx --data data.npz --keep 0.5 --size 1KB", "--keep and --size both bound"),
-        ("plan model.onnx --data data.npz --objective latency", "size or disk or flops"),
+        ("plan model.onnx --data data.npz --objective speed", "objective is 'speed'; allowed: "),
         ("plan model.onnx --data data.npz --keep 0.5 --pareto x.pdf", ".json or .svg"),
         ("plan model.onnx --data data.npz --keep 0.5 --pareto no/x.svg", "there is no folder no"),
         ("plan model.onnx --data data.npz --rank 2 --pareto x.svg", "--rank 2 already decides every form"),
