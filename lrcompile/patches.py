@@ -38,15 +38,13 @@ def windows(x: Array, window: Window) -> Array:
     return seen[(slice(None), slice(None), *steps)]
 
 
-def rows_of_windows(x: Array, window: Window) -> Iterator[Array]:
-    """Some positions of each picture in turn: (positions, group, K)."""
+def rows_of_windows(x: Array, window: Window, most: int = _POSITIONS) -> Iterator[Array]:
+    """At most so many positions of each picture in turn: (positions, group, K)."""
     draw = np.random.default_rng(_SEED)
     for picture in windows(x, window):
         shape = picture.shape[1 : 1 + window.rank]
         count = math.prod(shape)
-        chosen = (
-            np.sort(draw.choice(count, _POSITIONS, replace=False)) if count > _POSITIONS else np.arange(count)
-        )
+        chosen = np.sort(draw.choice(count, most, replace=False)) if count > most else np.arange(count)
         taken = np.moveaxis(picture, 0, window.rank)[
             np.unravel_index(chosen, shape)
         ]  # (positions, channels, *kernel)
