@@ -86,6 +86,7 @@ class Grouped:
     needs_data = True
     only_by_name = False
     exact_at_full_rank = False
+    least_opset = _OPSET
 
     def serves(self, group: Group) -> Refusal | None:
         first = group.sites[0]
@@ -99,7 +100,7 @@ class Grouped:
     def candidates(
         self, group: Group, weights: Weights, statistics: StatisticsSource | None, options: CandidateOptions
     ) -> Iterator[Candidate]:
-        if options.full or weights.opset < _OPSET:
+        if options.full or weights.opset < self.least_opset:
             return
         V, D = group.sites[0].K, group.sites[0].N
         found, sizes = _spectra(group, weights, statistics), _sizes(V)

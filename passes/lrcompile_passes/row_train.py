@@ -44,6 +44,7 @@ class VectorTrain:
     needs_data = False
     only_by_name = False
     exact_at_full_rank = False
+    least_opset = _OPSET
 
     def serves(self, group: Group) -> Refusal | None:
         if not group.shares_weight or any(s.kind != "lookup" for s in group.sites):
@@ -57,7 +58,7 @@ class VectorTrain:
     def candidates(
         self, group: Group, weights: Weights, statistics: StatisticsSource | None, options: CandidateOptions
     ) -> Iterator[Candidate]:
-        if options.full or weights.opset < _OPSET:
+        if options.full or weights.opset < self.least_opset:
             return
         site = group.sites[0]
         fold = _fold(site.N)

@@ -81,6 +81,7 @@ class TableTrain:
     needs_data = True
     only_by_name = False
     exact_at_full_rank = False
+    least_opset = _OPSET
 
     def serves(self, group: Group) -> Refusal | None:
         if not group.shares_weight or any(s.kind != "lookup" for s in group.sites):
@@ -92,7 +93,7 @@ class TableTrain:
     def candidates(
         self, group: Group, weights: Weights, statistics: StatisticsSource | None, options: CandidateOptions
     ) -> Iterator[Candidate]:
-        if options.full or weights.opset < _OPSET:
+        if options.full or weights.opset < self.least_opset:
             return
         V, D = group.sites[0].K, group.sites[0].N
         full = min(V, D)
