@@ -2,6 +2,7 @@
 
     python benchmarks/families.py errors MODEL.onnx     markdown for docs/families.md: real weights and one structured weight
     python benchmarks/families.py times 1024 2048       seconds of decomposition and factors, in those of an SVD of the same weight
+    python benchmarks/families.py forms 1024            the same of tables of this width, and of 3x3 kernels of a quarter of it
 
 Errors are plain relative Frobenius errors at (at most) a share of the weight's parameters, the best structure of each family. Besides
 the families of this package it has two that are not in it: the tensor ring (TR-SVD, then the same fit as all) and hierarchical Tucker.
@@ -23,7 +24,7 @@ from lrcompile.blocks import block_energy
 from lrcompile.contraction import Network, flops
 from lrcompile.cores import product
 from lrcompile.fitting import fitted
-from lrcompile.interfaces import Array
+from lrcompile.interfaces import Array, CandidateOptions
 from lrcompile.networks import NetworkFactorization
 from lrcompile.registry import factorization
 from lrcompile.sites import find
@@ -33,6 +34,8 @@ from lrcompile.weights import ModelWeights
 from lrcompile_passes.tensor_train import modes
 
 FAMILIES = ("btt", "monarch", "kronecker", "tt")
+TABLES = ("grouped", "tt-table", "tt-vector")
+KERNELS = ("conv-channel", "conv-spatial", "tucker2", "cp")
 SITES = (
     "layer.0.attention.self.query",
     "layer.3.attention.output",
@@ -49,8 +52,11 @@ def main() -> None:
     errors.add_argument("model")
     errors.add_argument("--share", type=float, nargs="+", default=[0.5])
     commands.add_parser("times").add_argument("sizes", type=int, nargs="+")
+    commands.add_parser("forms").add_argument("sizes", type=int, nargs="+")
     options = parser.parse_args()
-    if options.command == "times":
+    if options.command == "forms":
+        print_forms(options.sizes)
+    elif options.command == "times":
         print_times(options.sizes)
     else:
         print_errors(options.model, options.share)
@@ -242,6 +248,44 @@ def print_times(sizes: Sequence[int]) -> None:
             row.append(f" {seconds(lambda W=W, w=weighing, n=name: work(n, W, w)) / whole:.2f} |")
             print(row[-1], file=sys.stderr, flush=True)
         print("".join(row), flush=True)
+
+
+def print_forms(sizes: Sequence[int]) -> None:
+    print("| weight | SVD, s |", *(f" {n} |" for n in (*TABLES, *KERNELS)), sep="")
+    print("|---|---|", "---|" * len((*TABLES, *KERNELS)), sep="")
+    for size in sizes:
+        rng, channels = np.random.default_rng(0), size // 4
+        table = rng.standard_normal((size, size), dtype=np.float32)
+        kernel = rng.standard_normal((channels, channels, 3, 3), dtype=np.float32)
+        row("table", table, table, TABLES, KERNELS)
+        row("kernel", kernel, kernel.reshape(channels, -1), KERNELS, TABLES)
+
+
+def row(kind: str, weight: Array, matrix: Array, served: Sequence[str], others: Sequence[str]) -> None:
+    """One weight alone in a model: all candidates of a method, and the factors of the one nearest half of the parameters."""
+    op, x = ("Gather", ir.DataType.INT64) if kind == "table" else ("Conv", ir.DataType.FLOAT)
+    shape = ["n"] if kind == "table" else ["n", weight.shape[1], 16, 16]
+    ids, w = ir.val("x", x, ir.Shape(shape)), ir.val("w", const_value=ir.tensor(weight, name="w"))
+    tape = ir.tape.Tape()
+    y = tape.op(op, [w, ids] if kind == "table" else [ids, w])
+    y.name, y.dtype = "y", ir.DataType.FLOAT
+    graph = ir.Graph([ids], [y], nodes=tape.nodes, initializers=[w], opset_imports={"": 18}, name="g")
+    (group,) = find(ir.Model(graph, ir_version=9)).groups
+    whole = seconds(lambda: np.linalg.svd(matrix.astype(np.float64), full_matrices=False))
+    cells = {}
+    for name in served:
+        with tempfile.TemporaryDirectory() as folder:
+            weights, method = ModelWeights(Cache(folder), 18), factorization(name)
+
+            def all_of_it(method=method, weights=weights) -> None:  # type: ignore[no-untyped-def]
+                found = list(method.candidates(group, weights, None, CandidateOptions(multiple=8)))
+                half = min(found, key=lambda c: abs(c.cost.parameters - weight.size / 2))
+                method.factorize(group, weights, None, half, 0)
+
+            cells[name] = f" {seconds(all_of_it) / whole:.2f} |"
+    cells |= dict.fromkeys(others, " |")
+    shown = "x".join(map(str, weight.shape))
+    print(f"| {kind} {shown} | {whole:.2f} |", *(cells[n] for n in (*TABLES, *KERNELS)), sep="", flush=True)
 
 
 def work(name: str, W: Array, weighing: Weighing) -> None:

@@ -163,12 +163,31 @@ def export(
 
 @app.command()
 @takes(drawing, choosing, machine, output)
-def inspect(model: Model, **flags: Any) -> None:
+def inspect(
+    model: Model,
+    site: Annotated[
+        str | None,
+        Option(
+            metavar="REGEX",
+            help="Only weights whose name matches, with the error against the parameters of each method.",
+        ),
+    ] = None,
+    curve: Annotated[
+        Path | None, Option(metavar="FILE.svg", help="Draw these curves; of all weights without --site.")
+    ] = None,
+    **flags: Any,
+) -> None:
     """List the weights, and what making them smaller would cost."""
     with _screen(flags) as screen:
         from lrcompile.commands import inspect as run
+        from lrcompile.inspection import write_curves
 
-        found = run(model, _options(flags), progress=screen)
+        if curve is not None and curve.suffix.lower() != ".svg":
+            raise UsageError(f"--curve {curve}: the picture is an .svg file")
+        whole = "" if curve is not None and site is None else site
+        found = run(model, _options(flags), site=whole, progress=screen)
+        if curve is not None:
+            write_curves(curve, found)
         screen.show(found, found.to_json())
 
 

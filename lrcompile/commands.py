@@ -46,11 +46,13 @@ def inspect(
     model: str | Path | ir.Model,
     options: Options | None = None,
     *,
+    site: str | None = None,
     child: Child | None = None,
     progress: Progress = silent,
 ) -> Inspection:
     """What a model holds that could be rewritten, and at which cost; no budget is asked for.
 
+    site: a pattern; only weights of such names, with the error against the parameters of every method.
     Without data the curves are those of factorizations that need none, also when these must be named elsewhere.
     """
     options = options or Options()
@@ -62,7 +64,7 @@ def inspect(
             methods = {**methods, **{n: m for n, m in factorizations().items() if not m.needs_data}}
         return inspection(
             known.source, known.finding, known.weights, known.statistics, methods, include=options.include,
-            exclude=options.exclude, data=known.calibration.origin if known.calibration else None, progress=progress,
+            exclude=options.exclude, site=site, data=known.calibration.origin if known.calibration else None, progress=progress,
         )  # fmt: skip
 
 

@@ -110,7 +110,7 @@ def prepare(
     progress: Progress = silent,
 ) -> Problem:
     """Curves of every group, computed once; all plans of a search choose from them."""
-    _check_patterns(include, exclude)
+    check_patterns(include, exclude)
     curves: list[Curve] = []
     wider: list[Curve] = []
     counted: set[str] = set()
@@ -169,7 +169,8 @@ def _count(sites: Iterable[Site], counted: set[str]) -> int:
     return sum(fresh.values())
 
 
-def _check_patterns(*patterns: str | None) -> None:
+def check_patterns(*patterns: str | None) -> None:
+    """Raises UsageError for what is no regular expression."""
     for pattern in patterns:
         try:
             re.compile(pattern or "")
@@ -213,6 +214,8 @@ def _curve(
             reasons.append(refusal.reason)
         elif full and not method.exact_at_full_rank:
             reasons.append(f"{method.name} is not exact at full rank")
+        elif not full and (old := too_old(method, weights)) is not None:
+            reasons.append(old)
         elif method.needs_data and not full and not any(statistics and statistics.of(s) for s in group.sites):
             reasons.append(f"{method.name} needs calibration data at this input")
         else:
@@ -249,6 +252,14 @@ def knows(method: Factorization, group: Group) -> bool:
     """Whether a factorization is for weights used like these: those of a Conv are only offered to those that name it in `kinds`."""
     kinds: tuple[Kind, ...] = getattr(method, "kinds", ("linear", "lookup"))
     return all(s.kind in kinds for s in group.sites)
+
+
+def too_old(method: Factorization, weights: Weights) -> str | None:
+    """Why a model of an early opset cannot hold the forms of a factorization that names its `least_opset`."""
+    least: int = getattr(method, "least_opset", 0)
+    if weights.opset >= least:
+        return None
+    return f"{method.name} needs opset {least} for its nodes, and the model is of opset {weights.opset}"
 
 
 def _multiple(size: int, budget: Budget) -> int:

@@ -11,15 +11,6 @@ from lrcompile.graph import Names, bodies, drop, opset_of, tensor_of
 from lrcompile.weights import evaluate
 
 
-class FoldedConstants:
-    """`folded_constants` as a step of a lowering (`interfaces.Rewrite`)."""
-
-    name = "constants multiplied out"
-
-    def __call__(self, model: ir.Model) -> int:
-        return folded_constants(model)
-
-
 def folded_constants(model: ir.Model) -> int:
     """Put the matrix in the place of every product of constants among our nodes. In place; says how many there were."""
     names, opset, folded = Names(model), opset_of(model), 0

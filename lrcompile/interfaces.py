@@ -138,7 +138,8 @@ class Op(Protocol):
 class Factorization(Protocol):
     """One way to store a group of weights, with its mathematics and its subgraph.
 
-    It is asked about matrices and tables; one for kernels says so by `kinds`, the `Kind` of sites that it is for: ``("conv",)``.
+    It is asked about matrices and tables; one for kernels says so by `kinds`, the `Kind` of sites that it is for: ``("conv",)``;
+    one whose nodes came late says so by `least_opset`.
     """
 
     @property

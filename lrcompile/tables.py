@@ -32,7 +32,7 @@ def counted(reasons: Iterable[str]) -> list[str]:
 def plan_table(plan: Plan, why: bool = False) -> str:
     """The groups that are rewritten, then the others: with why each by itself, else counted by reason.
 
-    moves: how far each is predicted to move the outputs, where that is known.
+    moves: how far each is predicted to move the outputs, where that is known. saves: see `Decision.saves`.
     """
     shown = plan.decisions if why else plan.rewritten
     predicts = any(d.movement is not None for d in shown)
@@ -44,10 +44,11 @@ def plan_table(plan: Plan, why: bool = False) -> str:
         "kept",
         "error",
         *(["moves"] if predicts else []),
+        "saves",
         "reason",
     ]
     rows = [head, *(_row(d, predicts) for d in shown)]
-    lines = columns(rows, left=(0, 1, len(head) - 1)) if shown else []
+    lines = columns(rows, left=(0, 1, len(head) - 2, len(head) - 1)) if shown else []
     if not why and (rest := [d.reason for d in plan.decisions if not d.rewrites]):
         lines += ["left as they are:", *counted(rest)]
     before, after = (sum(getattr(d, f"parameters_{w}") for d in plan.decisions) for w in ("before", "after"))
@@ -69,7 +70,17 @@ def _row(d: Decision, predicts: bool) -> list[str]:
     rank = "" if d.rank is None else str(d.rank)
     kept = f"{d.parameters_after / d.parameters_before:.3f}" if d.parameters_before else ""
     moves = [_scientific(d.movement)] if predicts else []
-    return [d.group, d.method, rank, f"{d.parameters_before:,}", kept, error, *moves, d.reason]
+    return [
+        d.group,
+        d.method,
+        rank,
+        f"{d.parameters_before:,}",
+        kept,
+        error,
+        *moves,
+        ", ".join(d.saves),
+        d.reason,
+    ]
 
 
 def _scientific(value: float | None) -> str:

@@ -85,6 +85,24 @@ def corrected_biases(group: Group, weights: Weights, weighing: Weighing, E: Arra
     return found
 
 
+def frequencies(group: Group, statistics: StatisticsSource | None) -> Array:
+    """(V,): the share of lookups that ask for each row, of all that look it up together; equal ones where it is not known."""
+    V = group.sites[0].K
+    known = [statistics.of(s) for s in group.sites if s.kind == "lookup"] if statistics is not None else []
+    counted = [(s.count, s.frequencies) for s in known if s is not None and s.frequencies is not None]
+    total = sum(n for n, _ in counted)
+    if not total:
+        return np.full(V, 1.0 / V)
+    shares: Array = np.sum([(n / total) * f for n, f in counted], axis=0)
+    return shares
+
+
+def known_by(group: Group, weights: Weights, statistics: StatisticsSource | None) -> tuple[str, ...]:
+    """What the weights of a group and their use are known by in the cache."""
+    seen = [statistics.key(s) for s in group.sites] if statistics is not None else []
+    return (*(weights.key(s) for s in group.sites), *seen)
+
+
 def root(moment: Array | None) -> Array | None:
     """S, lower triangular, S S^T = moment."""
     if moment is None:

@@ -78,6 +78,15 @@ class Decision:
     def rewrites(self) -> bool:
         return self.method != "dense" or self.storage is not None
 
+    @property
+    def saves(self) -> tuple[str, ...]:
+        """Of "disk", "memory" and "time" what becomes less: bytes in the file and in the engine, and FLOPs, by which no time was measured yet."""
+        if not self.rewrites:
+            return ()
+        smaller, quicker = self.bytes_after < self.bytes_before, self.flops_after < self.flops_before
+        kept = ("disk", "memory") if not self.folds else ("disk",)
+        return (*(kept if smaller else ()), *(("time",) if quicker and not self.folds else ()))
+
 
 @dataclass(frozen=True, slots=True)
 class Amount:

@@ -1,7 +1,7 @@
 """Report: one HTML file that a person reads, made from the manifest alone.
 
 It needs no script, no network and no other file; equal manifests give equal bytes. `view` says what is worth saying, `pictures`
-and `curve` draw, `report.html.j2` and `style.css` set it out, `text` writes numbers and strange names. Everything is escaped.
+`curve` and `families` draw, `report.html.j2` and `style.css` set it out, `text` writes numbers and strange names. Everything is escaped.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from lrcompile.report.curve import tradeoff_file
+from lrcompile.report.families import families_file
 from lrcompile.report.text import breakable, clean, cosine, count, figure, percent, short
 from lrcompile.report.view import view
 
-__all__ = ["render", "tradeoff_file"]
+__all__ = ["families_file", "render", "tradeoff_file"]
 
 
 def render(document: Mapping[str, Any], notes: Sequence[str]) -> str:

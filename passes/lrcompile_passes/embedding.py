@@ -43,6 +43,8 @@ from lrcompile.interfaces import (
     Weights,
 )
 from lrcompile.records import Candidate, Cost, Group, Refusal
+from lrcompile.spectra import eigh
+from lrcompile.weighing import frequencies, known_by
 
 _GROUPS = 9  # the first has V / 256 rows
 _EDGES = 2  # rows of zeros of each block
@@ -84,6 +86,7 @@ class Grouped:
     needs_data = True
     only_by_name = False
     exact_at_full_rank = False
+    least_opset = _OPSET
 
     def serves(self, group: Group) -> Refusal | None:
         first = group.sites[0]
@@ -97,7 +100,7 @@ class Grouped:
     def candidates(
         self, group: Group, weights: Weights, statistics: StatisticsSource | None, options: CandidateOptions
     ) -> Iterator[Candidate]:
-        if options.full or weights.opset < _OPSET:
+        if options.full or weights.opset < self.least_opset:
             return
         V, D = group.sites[0].K, group.sites[0].N
         found, sizes = _spectra(group, weights, statistics), _sizes(V)
@@ -297,11 +300,10 @@ def _spectra(group: Group, weights: Weights, statistics: StatisticsSource | None
     """order (V,): ids by falling frequency. Of each group right and rows (D, n), A = W_g right and B = rows^T, and lost (n + 1,):
     what it loses at rank 0, 1, .., squared, relative to the whole table.
     """
-    seen = tuple(statistics.key(s) for s in group.sites) if statistics is not None else ()
-    key = ("grouped-4", group.kind, *(weights.key(s) for s in group.sites), *seen)
+    key = ("grouped-4", group.kind, *known_by(group, weights, statistics))
 
     def compute() -> Factors:
-        W, f, C = weights.matrix(group.sites[0]), _frequencies(group, statistics), _head(group, statistics)
+        W, f, C = weights.matrix(group.sites[0]), frequencies(group, statistics), _head(group, statistics)
         order = np.argsort(-f, kind="stable")
         found: dict[str, Array] = {"order": order.astype(np.int32)}
         asked = float(f @ np.einsum("ij,ij->i", W, W)) or 1.0
@@ -315,7 +317,7 @@ def _spectra(group: Group, weights: Weights, statistics: StatisticsSource | None
                 energy, V = _right(rows * np.sqrt(f[ids, None] / asked))
                 right, left = V, V
             else:  # within a group all rows are asked for about alike
-                values, vectors = _eigh(C / multiplied + np.eye(len(C)) * (f[ids].mean() / asked))
+                values, vectors = eigh(C / multiplied + np.eye(len(C)) * (f[ids].mean() / asked))
                 roots = np.sqrt(np.maximum(values, values[0] * _FLOOR))
                 energy, V = _right(rows @ (vectors * roots))
                 right, left = (vectors * roots) @ V, (vectors / roots) @ V
@@ -325,18 +327,6 @@ def _spectra(group: Group, weights: Weights, statistics: StatisticsSource | None
         return {n: a / whole if n.startswith("lost.") else a for n, a in found.items()}
 
     return weights.remember(key, compute)
-
-
-def _frequencies(group: Group, statistics: StatisticsSource | None) -> Array:
-    """(V,): the share of lookups that ask for each row, of all that look it up together; equal ones where it is not known."""
-    V = group.sites[0].K
-    known = [statistics.of(s) for s in group.sites if s.kind == "lookup"] if statistics is not None else []
-    counted = [(s.count, s.frequencies) for s in known if s is not None and s.frequencies is not None]
-    total = sum(n for n, _ in counted)
-    if not total:
-        return np.full(V, 1.0 / V)
-    shares: Array = np.sum([(n / total) * f for n, f in counted], axis=0)
-    return shares
 
 
 def _head(group: Group, statistics: StatisticsSource | None) -> Array | None:
@@ -353,17 +343,9 @@ def _head(group: Group, statistics: StatisticsSource | None) -> Array | None:
 def _right(M: Array) -> tuple[Array, Array]:
     """Squared singular values (n,), falling, and right singular vectors (D, n) of M (m, D), n = min(m, D)."""
     if len(M) >= M.shape[1]:
-        return _eigh(M.T @ M)
-    energy, U = _eigh(M @ M.T)
+        return eigh(M.T @ M)
+    energy, U = eigh(M @ M.T)
     return energy, scipy.linalg.qr(M.T @ U, mode="economic")[0]
-
-
-def _eigh(G: Array) -> tuple[Array, Array]:
-    """Eigenvalues (falling, never negative) and eigenvectors, whose largest entry is positive."""
-    values, vectors = np.linalg.eigh(0.5 * (G + G.T))
-    values, vectors = np.maximum(values[::-1], 0.0), vectors[:, ::-1]
-    largest = vectors[np.abs(vectors).argmax(axis=0), np.arange(len(vectors))]
-    return values, vectors * np.where(largest < 0, -1.0, 1.0)
 
 
 factorizations: tuple[Factorization, ...] = (Grouped(),)

@@ -60,6 +60,7 @@ class Pivoted:
     needs_data = True
     only_by_name = False
     exact_at_full_rank = True
+    least_opset = _OPSET
 
     def serves(self, group: Group) -> Refusal | None:
         if group.kind == "tied" or any(group.transposed):
@@ -73,7 +74,7 @@ class Pivoted:
     def candidates(
         self, group: Group, weights: Weights, statistics: StatisticsSource | None, options: CandidateOptions
     ) -> Iterator[Candidate]:
-        if weights.opset < _OPSET:
+        if weights.opset < self.least_opset:
             return
         site = group.sites[0]
         N = _columns(group)

@@ -29,6 +29,7 @@ from lrcompile.interfaces import (
     Weights,
 )
 from lrcompile.records import Candidate, Cost, Group, Refusal
+from lrcompile.weighing import frequencies, known_by
 
 _CHUNK = 4096  # rows that are folded at a time
 _OPSET = 14  # before it, Reshape cannot give a dimension of nothing: ids may be none
@@ -43,6 +44,7 @@ class VectorTrain:
     needs_data = False
     only_by_name = False
     exact_at_full_rank = False
+    least_opset = _OPSET
 
     def serves(self, group: Group) -> Refusal | None:
         if not group.shares_weight or any(s.kind != "lookup" for s in group.sites):
@@ -56,7 +58,7 @@ class VectorTrain:
     def candidates(
         self, group: Group, weights: Weights, statistics: StatisticsSource | None, options: CandidateOptions
     ) -> Iterator[Candidate]:
-        if options.full or weights.opset < _OPSET:
+        if options.full or weights.opset < self.least_opset:
             return
         site = group.sites[0]
         fold = _fold(site.N)
@@ -122,30 +124,17 @@ def _folded(W: Array) -> Iterator[Array]:
 
 def _errors(group: Group, weights: Weights, statistics: StatisticsSource | None) -> Array:
     """(d_1 + 1,): relative error with so many singular pairs of each row."""
-    seen = [statistics.key(s) for s in group.sites] if statistics is not None else []
-    key = ("tt-vector-1", *(weights.key(s) for s in group.sites), *seen)
+    key = ("tt-vector-1", *known_by(group, weights, statistics))
 
     def compute() -> Factors:
         W = weights.matrix(group.sites[0])
         energies = [np.linalg.eigvalsh(rows @ rows.swapaxes(1, 2))[:, ::-1] for rows in _folded(W)]
-        energy = np.maximum(_frequencies(group, statistics) @ np.concatenate(energies), 0.0)
+        energy = np.maximum(frequencies(group, statistics) @ np.concatenate(energies), 0.0)
         lost = np.concatenate([np.cumsum(energy[::-1])[::-1], [0.0]])
         return {"errors": np.sqrt(lost / max(lost[0], np.finfo(np.float64).tiny))}
 
     errors: Array = weights.remember(key, compute)["errors"]
     return errors
-
-
-def _frequencies(group: Group, statistics: StatisticsSource | None) -> Array:
-    """(V,): the share of lookups that ask for each row, of all readers together; equal ones where it is not known."""
-    V = group.sites[0].K
-    known = [statistics.of(s) for s in group.sites] if statistics is not None else []
-    counted = [(s.count, s.frequencies) for s in known if s is not None and s.frequencies is not None]
-    total = sum(n for n, _ in counted)
-    if not total:
-        return np.full(V, 1.0 / V)
-    shares: Array = np.sum([(n / total) * f for n, f in counted], axis=0)
-    return shares
 
 
 def _fix_signs(vectors: Array) -> Array:

@@ -43,6 +43,8 @@ from lrcompile.interfaces import (
     Weights,
 )
 from lrcompile.records import Candidate, Cost, Group, Refusal
+from lrcompile.spectra import eigh
+from lrcompile.weighing import frequencies, known_by
 
 _FORMS = (("cloud", "natural"), ("cloud", "bisection"), ("matrix", "bisection"))
 _DIGITS = 3
@@ -79,6 +81,7 @@ class TableTrain:
     needs_data = True
     only_by_name = False
     exact_at_full_rank = False
+    least_opset = _OPSET
 
     def serves(self, group: Group) -> Refusal | None:
         if not group.shares_weight or any(s.kind != "lookup" for s in group.sites):
@@ -90,7 +93,7 @@ class TableTrain:
     def candidates(
         self, group: Group, weights: Weights, statistics: StatisticsSource | None, options: CandidateOptions
     ) -> Iterator[Candidate]:
-        if options.full or weights.opset < _OPSET:
+        if options.full or weights.opset < self.least_opset:
             return
         V, D = group.sites[0].K, group.sites[0].N
         full = min(V, D)
@@ -309,8 +312,8 @@ def _tt_svd(tensor: Array, cores: Sequence[_Core]) -> list[Array]:
 def _leading(M: Array, rank: int) -> Array:
     """(m, rank): an orthonormal basis of the leading left singular vectors."""
     if len(M) <= M.shape[1]:
-        return _eigh(M @ M.T)[1][:, :rank]
-    left: Array = scipy.linalg.qr(M @ _eigh(M.T @ M)[1][:, :rank], mode="economic")[0]
+        return eigh(M @ M.T)[1][:, :rank]
+    left: Array = scipy.linalg.qr(M @ eigh(M.T @ M)[1][:, :rank], mode="economic")[0]
     return left
 
 
@@ -326,17 +329,17 @@ def _tails(
         cores = [_Core(n, d, 0, 1) for n, d in modes]
         tensor = _tensor(scaled[_ordered(group, weights, statistics, order)], cores)
         whole = float(
-            _frequencies(group, statistics) @ np.einsum("ij,ij->i", *[weights.matrix(group.sites[0])] * 2)
+            frequencies(group, statistics) @ np.einsum("ij,ij->i", *[weights.matrix(group.sites[0])] * 2)
         )
         found = {}
         for j in range(1, tensor.ndim):
             M = tensor.reshape(math.prod(tensor.shape[:j]), -1)
-            energy = _eigh(M @ M.T if len(M) <= M.shape[1] else M.T @ M)[0]
+            energy = eigh(M @ M.T if len(M) <= M.shape[1] else M.T @ M)[0]
             lost = np.concatenate([np.cumsum(energy[::-1])[::-1], [0.0]])
             found[f"tail.{j}"] = lost / (V * whole) if whole > 0 else lost
         return found
 
-    kept = weights.remember((f"tt-tails-1-{form}-{order}", *_known_by(group, weights, statistics)), compute)
+    kept = weights.remember((f"tt-tails-1-{form}-{order}", *known_by(group, weights, statistics)), compute)
     return [kept[f"tail.{j}"] for j in range(1, len(kept) + 1)]
 
 
@@ -344,7 +347,7 @@ def _ordered(group: Group, weights: Weights, statistics: StatisticsSource | None
     """(V,): the ids in the order in which they get their digits."""
     if order == "natural":
         return np.arange(group.sites[0].K)
-    key = ("tt-bisection-1", *_known_by(group, weights, statistics))
+    key = ("tt-bisection-1", *known_by(group, weights, statistics))
     return weights.remember(key, lambda: {"ids": _bisection(_scaled(group, weights, statistics)[0])})["ids"]
 
 
@@ -369,35 +372,9 @@ def _bisection(rows: Array) -> Array:
 
 def _scaled(group: Group, weights: Weights, statistics: StatisticsSource | None) -> tuple[Array, Array]:
     """The rows by the root of how often they are asked for, relative to once in V, and these roots (V,)."""
-    W, f = weights.matrix(group.sites[0]), _frequencies(group, statistics)
+    W, f = weights.matrix(group.sites[0]), frequencies(group, statistics)
     s = np.sqrt(np.maximum(f * len(W), _RAREST))
     return W * s[:, None], s
-
-
-def _frequencies(group: Group, statistics: StatisticsSource | None) -> Array:
-    """(V,): the share of lookups that ask for each row, of all readers together; equal ones where it is not known."""
-    V = group.sites[0].K
-    known = [statistics.of(s) for s in group.sites] if statistics is not None else []
-    counted = [(s.count, s.frequencies) for s in known if s is not None and s.frequencies is not None]
-    total = sum(n for n, _ in counted)
-    if not total:
-        return np.full(V, 1.0 / V)
-    shares: Array = np.sum([(n / total) * f for n, f in counted], axis=0)
-    return shares
-
-
-def _known_by(group: Group, weights: Weights, statistics: StatisticsSource | None) -> tuple[str, ...]:
-    """What the table and its use are known by in the cache."""
-    seen = [statistics.key(s) for s in group.sites] if statistics is not None else []
-    return (*(weights.key(s) for s in group.sites), *seen)
-
-
-def _eigh(G: Array) -> tuple[Array, Array]:
-    """Eigenvalues (falling, never negative) and eigenvectors, whose largest entry is positive."""
-    values, vectors = np.linalg.eigh(0.5 * (G + G.T))
-    values, vectors = np.maximum(values[::-1], 0.0), vectors[:, ::-1]
-    largest = vectors[np.abs(vectors).argmax(axis=0), np.arange(len(vectors))]
-    return values, vectors * np.where(largest < 0, -1.0, 1.0)
 
 
 factorizations: tuple[Factorization, ...] = (TableTrain(),)

@@ -171,6 +171,25 @@ def test_inspect(run: Run, data: tuple[str, ...]) -> None:
     assert "layer/up" in run("inspect", "model.onnx", *data).stdout
 
 
+def test_inspect_draws_curves(run: Run, tmp_path: Path) -> None:
+    picture = tmp_path / "curve.svg"
+    asked = (
+        "inspect",
+        "model.onnx",
+        "--methods",
+        "svd-plain,monarch",
+        "--site",
+        "up",
+        "--curve",
+        str(picture),
+    )
+    shown = run(*asked).stdout
+    assert "error at a share of them" in shown and "layer/down" not in shown
+    drawn = picture.read_text()
+    assert drawn.startswith("<svg") and "svd-plain" in drawn and "layer/up" in drawn
+    assert "picture is an .svg file" in failed(run(*asked[:-1], "curve.png"), 2)
+
+
 def test_plan(run: Run) -> None:
     words = ("plan", "model.onnx", "--data", "data.npz", "--keep", "0.7")
     document = said(run(*words, "--json"))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree as ET
 
 import numpy as np
 import onnx
@@ -18,6 +20,7 @@ from polygraphy.json import load_json, save_json
 
 import lrcompile
 from lrcompile import Budget, Child, Limit, Options, UsageError, VerificationError
+from lrcompile.inspection import write_curves
 from lrcompile.store import MANIFEST
 from tests.graphs import node, normal, proto, run
 
@@ -111,7 +114,7 @@ def test_inspect_without_data_uses_what_needs_none(home: Path, child: Child) -> 
     found = lrcompile.inspect(home / "model.onnx", Options(cache=home / "cache"), child=child)
     assert found.data is None
     served = {c.method: c.refusal is None for c in found.groups[0].curves}
-    assert served == {"svd": False, "pivoted": False, "slicing": False, "svd-plain": True}
+    assert served["svd-plain"] and not any(served[n] for n in ("svd", "pivoted", "slicing"))
     assert "without data" in str(found)
     json.dumps(found.to_json(), allow_nan=False)
 
@@ -119,7 +122,7 @@ def test_inspect_without_data_uses_what_needs_none(home: Path, child: Child) -> 
 def test_inspect_curves_are_those_of_the_weight(home: Path, child: Child) -> None:
     found = lrcompile.inspect(home / "model.onnx", Options(cache=home / "cache"), child=child)
     (up,) = (g for g in found.groups if g.sites == ("up",))
-    (curve,) = (c for c in up.curves if c.refusal is None)
+    (curve,) = (c for c in up.curves if c.method == "svd-plain")
     energy = np.linalg.svd(normal(16, 24).astype(np.float64), compute_uv=False) ** 2
     held = np.cumsum(energy) / energy.sum()
     ranks = [int(np.argmax(held >= share)) + 1 for share in (0.5, 0.9, 0.99)]
@@ -135,6 +138,48 @@ def test_inspect_with_data_counts_rows_and_marks_what_budgets_leave_out(home: Pa
     assert set(rows.values()) == {24 * 6}  # three quarters of 32 rows of six ids
     assert [g.reason is None for g in found.groups if g.sites in (("table",), ("up",))] == [False, True]
     assert "* a Gather weight takes part only when --include names it" in str(found)
+
+
+def test_inspect_of_a_site_has_the_whole_curves(home: Path, child: Child, tmp_path: Path) -> None:
+    asked = Options(cache=home / "cache", methods=("svd-plain", "btt"))
+    found = lrcompile.inspect(home / "model.onnx", asked, site="^up$", child=child)
+    assert {s.name for s in found.sites} == {"up"} and all("up" in g.sites for g in found.groups)
+    curves = {c.method: c for c in next(g for g in found.groups if g.sites == ("up",)).curves}
+    assert set(curves) == {"svd-plain", "btt"}
+    energy = np.linalg.svd(normal(16, 24).astype(np.float64), compute_uv=False) ** 2
+    lost = 1 - np.cumsum(energy) / energy.sum()
+    points = curves["svd-plain"].points
+    assert [p.parameters for p in points] == [40 * r for r in range(1, 10)]  # 40 x 10 > 16 x 24
+    np.testing.assert_allclose([p.error for p in points], np.sqrt(lost[:9]), atol=1e-5)
+    for curve in curves.values():
+        assert curve.points
+        assert all(
+            a.parameters <= b.parameters <= 384 and a.error > b.error
+            for a, b in itertools.pairwise(curve.points)
+        )
+    (row,) = (line for line in str(found).splitlines() if line.startswith("0.5"))
+    assert f"{np.sqrt(lost[3]):.3g} ({4 * 40 / 384:.2g})" in row
+    json.dumps(found.to_json(), allow_nan=False)
+    write_curves(tmp_path / "curve.svg", found)
+    drawn = (tmp_path / "curve.svg").read_text()
+    ET.fromstring(drawn)
+    assert all(f">{word}<" in drawn for word in ("svd-plain", "btt", "up")) and "§" not in drawn
+    write_curves(tmp_path / "again.svg", found)
+    assert (tmp_path / "again.svg").read_text() == drawn
+
+
+def test_inspect_of_a_site_that_is_not_there(home: Path, child: Child, tmp_path: Path) -> None:
+    asked = Options(cache=home / "cache")
+    with pytest.raises(UsageError, match="--site 'nowhere' matches no weight"):
+        lrcompile.inspect(home / "model.onnx", asked, site="nowhere", child=child)
+    with pytest.raises(UsageError, match="regular expression"):
+        lrcompile.inspect(home / "model.onnx", asked, site="(", child=child)
+    found = lrcompile.inspect(home / "model.onnx", asked, child=child)
+    assert not any(c.points for g in found.groups for c in g.curves)
+    with pytest.raises(UsageError, match="nothing to draw"):
+        write_curves(tmp_path / "curve.svg", found)
+    with pytest.raises(UsageError, match=r"\.svg file"):
+        write_curves(tmp_path / "curve.png", found)
 
 
 def test_plan_is_what_compile_does(home: Path, child: Child, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from lrcompile.registry import factorization
 from lrcompile.rewrite import rewrite
 from lrcompile.sites import find
 from lrcompile.store import Cache
+from lrcompile.tables import plan_table
 from lrcompile.weighing import Weighing, scaled, weighing_of
 from lrcompile.weights import ModelWeights
 from lrcompile_passes.tensor_train import modes, rounded, tt_svd
@@ -424,6 +425,12 @@ def test_a_budget_of_bytes_under_disk_counts_the_cores(tmp_path: Path) -> None:
     plan = choose(prepare(finding, weights, None, found, budget, target="t", whole=whole))
     (decision,) = plan.rewritten
     assert decision.method == "tt" and decision.folds and decision.bytes_after <= 0.4 * W.size * 4
+    assert decision.saves == ("disk",)
+    (said,) = (line for line in plan_table(plan, why=True).splitlines() if decision.reason in line)
+    assert "disk" in said.removesuffix(decision.reason).split()
+    budget = Budget(size=Amount(0.4, relative=True))
+    (decision,) = choose(prepare(finding, weights, None, found, budget, target="t", whole=whole)).rewritten
+    assert decision.method == "svd-plain" and decision.saves == ("disk", "memory", "time")
 
 
 def read(graph: ir.Model) -> Mapping[str, tuple[int, ...]]:

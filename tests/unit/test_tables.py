@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lrcompile.curves import too_old
 from lrcompile.errors import PluginError
 from lrcompile.factorize import factorize
 from lrcompile.factors import FactorSet
@@ -286,6 +287,9 @@ def test_refusals() -> None:
     group = find(lookups(W)).groups[0]
     for name in METHODS:
         assert not list(factorization(name).candidates(group, old, Seen(np.ones(9)), CandidateOptions()))
+        said_of_it = too_old(factorization(name), old)
+        assert said_of_it is not None and "opset 10" in said_of_it
+        assert too_old(factorization(name), new_weights()) is None
 
 
 @pytest.mark.slow
