@@ -19,6 +19,7 @@ import onnx_ir as ir
 import pytest
 
 from lrcompile import fused
+from lrcompile.curves import knows
 from lrcompile.factors import FactorSet
 from lrcompile.interfaces import Array, BuildOptions, Factorization, Factors
 from lrcompile.load import load
@@ -129,7 +130,7 @@ def factored(name: str, method: str) -> tuple[Counted, tuple[FactorSet, ...]]:
     for group in sorted(find(model).groups, key=lambda g: -len(g.sites)):
         names = {site.name for site in group.sites}
         small = method != "slicing" and any(min(s.K, s.N) <= RANK for s in group.sites)
-        if chosen.serves(group) is None and not small and not names & taken:
+        if knows(chosen, group) and chosen.serves(group) is None and not small and not names & taken:
             taken |= names
             sets.append(made_up(group, chosen, len(sets)))
     lowered = lower(rewrite(model, sets), runtime_of(TARGET).lowering(TARGET))
