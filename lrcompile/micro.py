@@ -25,6 +25,7 @@ from lrcompile.timing import Form
 _COLD = 192 << 20  # bytes of weights that no cache holds
 _MOST = 16  # copies
 _INPUTS = 1 << 30  # bytes of all inputs together
+_FLOPS = 2e10  # of one run; where more are asked for, no cache matters
 _TILE = 1 << 20  # random numbers that large arrays repeat
 
 
@@ -33,7 +34,8 @@ def copies_of(form: Form, rows: int) -> int:
     size = ir.DataType[form.dtype.upper()].bitwidth // 8
     weights = max(form.K * sum(form.widths) * size, 1)
     inputs = max(rows * form.K * size, 1)
-    return max(1, min(_MOST, math.ceil(_COLD / weights), _INPUTS // inputs))
+    most = int(_FLOPS // max(2 * rows * form.K * sum(form.widths), 1))
+    return max(1, min(_MOST, math.ceil(_COLD / weights), _INPUTS // inputs, most))
 
 
 def micro(

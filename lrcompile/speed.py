@@ -10,6 +10,7 @@ import itertools
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Widths of layers, rows and type that are measured where no model is given.
-_ON_CPU = ((384, 768, 1536), (1, 16, 128, 1024), "float")
+_ON_CPU = ((384, 768), (1, 16, 128, 512), "float")
 _ON_GPU = ((1024, 4096), (1, 16, 128, 1024, 4096), "float16")
 _PROBE = Form("dense", "linear", 8, (8,), None, "float")
 _RACE = 3.0  # seconds for each shape
@@ -109,11 +110,10 @@ def _measured(
         table = tune(
             table_of(options.target, described, options.threads, costs), wanted_of(problem, known.methods, rows, dtype),
             methods=known.methods, lowering=known.runtime.lowering(options.target), build=fast(options), opset=known.source.opset,
-            seed=options.seed, child=child, scratch=known.scratch, progress=known.progress,
+            seed=options.seed, child=child, scratch=known.scratch, progress=known.progress, save=partial(keep, costs=costs),
         )  # fmt: skip
     finally:
         child.deadline = deadline
-    keep(table, costs)
     return table, seconds
 
 
@@ -140,13 +140,11 @@ def tuned(
     unshaped = replace(options, engine=replace(options.engine, shapes=()))  # they are of inputs of a model
     with build(child, options.target, probe, fast(unshaped, [feed_of(_PROBE, 1, 8, 0)])) as engine:
         described = engine.describe()
-    table = tune(
+    return tune(
         table_of(options.target, described, options.threads, costs), wanted, methods=factorizations(),
         lowering=runtime.lowering(options.target), build=fast(options), opset=opset, seed=options.seed, child=child, scratch=scratch,
-        progress=progress,
+        progress=progress, save=partial(keep, costs=costs),
     )  # fmt: skip
-    keep(table, costs)
-    return table
 
 
 def forms_in(finding: Finding, rows: Mapping[str, int], dtype: str | None) -> tuple[tuple[Form, int], ...]:

@@ -37,7 +37,8 @@ logger = logging.getLogger(__name__)
 
 RANKS = 5  # of each kind of form that are measured; what lies between is interpolated
 _STRUCTURES = 2  # of each method that are measured; others stay unknown, and so unused
-_WARM_UP = 2  # passes that fill caches and arenas, and record graphs
+_FEW_ROWS = 64
+_WARM_UP = 1  # passes that fill caches and arenas, and record graphs
 _SAMPLES, _SAMPLE = 7, 8e-3  # of a timing, and seconds that each lasts at least
 _LONGEST = 2.0  # seconds for all samples of a timing, of which there are three at least
 _LIMIT = 120.0  # seconds for one build or one timing
@@ -55,21 +56,29 @@ def tune(
     child: Child,
     scratch: Path,
     progress: Progress = silent,
+    save: Callable[[CostTable], object] = lambda table: None,
 ) -> CostTable:
-    """The table with every wanted (form, rows) measured. A form that the target cannot build is left out, with a line in the log."""
+    """The table with every wanted (form, rows) measured. A form that the target cannot build is left out, with a line in the log.
+
+    save: keeps the table after every form, so that a run that is ended goes on where it was.
+    """
     missing = by_form(gaps(table, wanted))
-    made: list[Timing] = []
     for done, (form, rows) in enumerate(missing.items()):
         progress("tune", done, len(missing))
         folder = new_folder(scratch / "micro")
         try:
-            made += _measured(form, rows, methods, lowering, build, opset, seed, child, folder)
+            # few rows want many copies, so that weights are cold; many rows would take long with as many
+            for some in ([r for r in rows if r <= _FEW_ROWS], [r for r in rows if r > _FEW_ROWS]):
+                if some:
+                    made = _measured(form, some, methods, lowering, build, opset, seed, child, folder)
+                    table = table.with_timings(made)
         except BuildError as error:
             logger.warning("%s is not timed: %s", form, error)
         finally:
             remove_folder(folder)
+            save(table)
     progress("tune", len(missing), len(missing))
-    return table.with_timings(made)
+    return table
 
 
 def _measured(
@@ -101,7 +110,7 @@ def time_engine(engine: Engine, feed: Mapping[str, Array]) -> tuple[float, float
     """Seconds of one run, the median of several samples, and their interquartile range over it. Called in the child."""
     run = engine.bound(feed)
     run(_WARM_UP)
-    quickest = min(_time(run, 1) for _ in range(2))
+    quickest = _time(run, 1)
     repeats = max(1, round(_SAMPLE / max(quickest, 1e-7)))
     count = max(3, min(_SAMPLES, int(_LONGEST / max(quickest * repeats, 1e-9))))
     samples = [_time(run, repeats) / repeats for _ in range(count)]

@@ -71,7 +71,10 @@ def test_copies_fill_more_than_a_cache_and_no_more_than_memory() -> None:
     assert copies_of(DENSE, 1) == 16
     assert copies_of(Form("dense", "linear", 4096, (16384,), None, "float"), 1) == 1
     assert copies_of(Form("dense", "linear", 1024, (1024,), None, "float"), 1) == 16
-    assert copies_of(Form("dense", "linear", 4096, (1024,), None, "float16"), 1 << 16) == 2
+    assert (
+        copies_of(Form("dense", "linear", 1 << 16, (1,), None, "float16"), 1 << 12) == 2
+    )  # inputs of 0.5 GB each
+    assert copies_of(Form("dense", "linear", 1024, (1024,), None, "float"), 1 << 12) == 2  # 8.6 GFLOP each
 
 
 def test_feeds_have_the_rows_that_were_asked_for() -> None:

@@ -30,17 +30,28 @@ def child() -> Iterator[Child]:
         yield made
 
 
-def tuned(table: CostTable, wanted: list[tuple[Form, int]], child: Any, scratch: Path) -> CostTable:
+def tuned(
+    table: CostTable,
+    wanted: list[tuple[Form, int]],
+    child: Any,
+    scratch: Path,
+    saved: list[CostTable] | None = None,
+) -> CostTable:
     made: CostTable = tuning.tune(
         table, wanted, methods=factorizations(), lowering=(), build=BuildOptions("ort-cpu", exact=False), opset=18, seed=0,
-        child=child, scratch=scratch,
+        child=child, scratch=scratch, save=(saved if saved is not None else []).append,
     )  # fmt: skip
     return made
 
 
 def test_what_is_missing_is_measured_once(child: Child, tmp_path: Path) -> None:
     wanted = [(DENSE, 4), (DENSE, 64), (PAIR, 4)]
-    table = tuned(CostTable("ort-cpu", "here", "1", 1), wanted, child, tmp_path)
+    saved: list[CostTable] = []
+    table = tuned(CostTable("ort-cpu", "here", "1", 1), wanted, child, tmp_path, saved)
+    assert [len(t.timings) for t in saved] == [
+        2,
+        3,
+    ]  # after each form: a run that is ended goes on where it was
     assert {(t.form, t.rows) for t in table.timings} == set(wanted)
     assert all(0 < t.seconds < 10 and t.spread >= 0 for t in table.timings)
     assert tuned(table, wanted, None, tmp_path) == table  # without a process to measure in
@@ -67,13 +78,13 @@ def test_the_clock_is_not_stopped_by_a_first_slow_run() -> None:
         def bound(self, feeds: object) -> Any:
             def run(times: int) -> None:
                 self.runs += times
-                np.linalg.svd(np.eye(20 if self.runs > 2 else 200))
+                np.linalg.svd(np.eye(20 if self.runs > 1 else 200))
 
             return run
 
     engine = Engine()
     seconds, spread = tuning.time_engine(engine, {})
-    assert engine.runs > 2 + 2 + 3 and 0 < seconds < 1 and spread >= 0
+    assert engine.runs >= 1 + 1 + 3 and 0 < seconds < 1 and spread >= 0
 
 
 def test_a_table_is_found_again_by_device_version_and_threads(tmp_path: Path) -> None:
