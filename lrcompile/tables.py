@@ -70,9 +70,10 @@ def _row(d: Decision, predicts: bool) -> list[str]:
     rank = "" if d.rank is None else str(d.rank)
     kept = f"{d.parameters_after / d.parameters_before:.3f}" if d.parameters_before else ""
     moves = [_scientific(d.movement)] if predicts else []
+    form = d.method if d.storage is None else f"{d.method} in {d.storage}"
     return [
         d.group,
-        d.method,
+        form,
         rank,
         f"{d.parameters_before:,}",
         kept,

@@ -22,6 +22,7 @@ from lrcompile.plan import Problem, Trial, Whole, check_plan, choose, dense_plan
 from lrcompile.records import Amount, Budget, Decision, Evidence, Finding, Group, Limit, Plan, Refusal
 from lrcompile.registry import factorization
 from lrcompile.sites import find
+from lrcompile.tables import plan_table
 from lrcompile.weights import ModelWeights
 from tests.graphs import Array, model, node, normal, weights
 
@@ -618,3 +619,9 @@ def test_the_cache_of_weights_is_used(tmp_path: Path) -> None:
     finally:
         ModelWeights.matrix = original  # type: ignore[method-assign]
     assert not calls
+
+
+def test_the_table_says_what_a_weight_is_stored_in() -> None:
+    plan = planned(linears((10, 10)), Budget(keep=0.8))
+    coded = replace(plan, decisions=(replace(plan.decisions[0], method="dense", storage="int4"),))
+    assert "dense in int4" in plan_table(coded) and " in int4" not in plan_table(plan)
