@@ -3,13 +3,13 @@
 #   PYTHON       the interpreter that .venv is made with            make test PYTHON=/usr/local/bin/python3.11
 #   PIP_ARGS     more options for pip, say an index of CPU builds   make demo PIP_ARGS='--extra-index-url URL'
 #   PYTEST_ARGS  more options for pytest                            make test PYTEST_ARGS='-k svd -x'
-#   JOBS         processes that share the tests; 0: none beside     make test JOBS=2
+#   JOBS         processes that share the tests; 0: none beside     make test JOBS=0
 
 PYTHON ?= $(shell for p in python3.11 python3; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 PIP_ARGS ?=
 PYTEST_ARGS ?=
-JOBS ?= 0
+JOBS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
