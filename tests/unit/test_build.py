@@ -71,7 +71,9 @@ def test_memory_beyond_the_limit_is_one_line(tmp_path: Path) -> None:
         ["y"],
         {"w": normal(16, 8), "zero": normal(1) * 0, "size": (normal(1) * 0 + 600_000_000).astype("int64")},
     )
-    options = Options(budget=lrcompile.Budget(rank="full"), memory=500_000_000, cache=tmp_path / "cache")
+    options = Options(
+        budget=lrcompile.Budget(rank="full"), memory=500_000_000, cache=tmp_path / "cache", timeout=300
+    )  # a busy machine must not end it first
     with pytest.raises(BuildError, match="memory"):
         lrcompile.compile(made, tmp_path / "out", options)
     assert not (tmp_path / "out").exists()
