@@ -11,7 +11,7 @@ import ctypes
 import importlib
 import io
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,8 @@ from lrcompile_runtimes import words
 if TYPE_CHECKING:
     import onnxruntime
 
+    from lrcompile.records import ShapeRange
+
 logger = logging.getLogger(__name__)
 
 CPU = "CPUExecutionProvider"
@@ -33,7 +35,7 @@ CPU = "CPUExecutionProvider"
 class Target:
     """provider: the one that must be active. others: whose kernels may run what it does not take, the CPU's excepted.
 
-    package: the module of a plug-in provider. fields: `EngineOptions` that it has an option for, and how that is named and written.
+    library: of a provider that is in the wheel, and needs libraries that are not. package: the module of a plug-in provider. fields: `EngineOptions` that it has an option for, and how that is named and written.
     shapes: prefix of the three options for shape ranges. caches: options that take the cache folder.
     """
 
@@ -41,6 +43,7 @@ class Target:
     device: str
     extra: str
     others: tuple[str, ...] = ()
+    library: str = ""
     package: str = ""
     defaults: tuple[tuple[str, str], ...] = ()
     fields: Mapping[str, str] = field(default_factory=dict)
@@ -62,6 +65,7 @@ TARGETS = {
     ),
     "ort-tensorrt": Target(
         "TensorrtExecutionProvider", "GPU", "gpu", others=("CUDAExecutionProvider",),
+        library="libonnxruntime_providers_tensorrt.so",
         fields={
             "cuda_graph": "trt_cuda_graph_enable", "workspace": "trt_max_workspace_size",
             "level": "trt_builder_optimization_level",
@@ -110,8 +114,18 @@ def missing(ort: Any, target: Target) -> str:
         except Exception as error:  # the plug-in's library or one that it needs cannot be loaded
             return f"{target.provider} cannot be loaded: {words(error)}"
     if target.provider in (available := ort.get_available_providers()):
-        return ""
+        return _unloadable(ort, target)
     return f"this onnxruntime has no {target.provider}, only {', '.join(available)}; {target.remedy}"
+
+
+def _unloadable(ort: Any, target: Target) -> str:
+    """Why the library of a provider cannot be loaded, empty where it can."""
+    if target.library:
+        try:
+            ctypes.CDLL(str(Path(ort.__file__).parent / "capi" / target.library))
+        except OSError as error:
+            return f"{target.provider} cannot be loaded: {words(error)}; install TensorRT's libraries"
+    return ""
 
 
 def _devices(ort: Any, target: Target) -> list[Any]:
@@ -195,12 +209,30 @@ def _session_options(ort: Any, model: Path, options: BuildOptions) -> onnxruntim
         session.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if options.exact:
         session.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    if options.engine.cuda_graph:
+        for name, size in _dimensions(model, options.engine.shapes).items():
+            session.add_free_dimension_override_by_name(name, size)
     if TARGETS[options.target].device == "CPU" and _weight_bytes(model) > _BIG:
         session.add_session_config_entry("session.disable_prepacking", "1")
         session.enable_cpu_mem_arena = False
         session.enable_mem_pattern = False
         _give_back()
     return session
+
+
+def _dimensions(model: Path, shapes: Sequence[ShapeRange]) -> dict[str, int]:
+    """Sizes of named dimensions of inputs whose shape is fixed: then shapes are constants, and no node that computes them stays on the CPU."""
+    fixed = {s.input: s.usual for s in shapes if s.least == s.most}
+    if not fixed:
+        return {}
+    import onnx_ir as ir
+
+    return {
+        dim.value: size
+        for value in ir.load(model).graph.inputs
+        for dim, size in zip(value.shape or (), fixed.get(value.name or "", ()), strict=False)
+        if isinstance(dim, ir.SymbolicDim) and dim.value is not None
+    }
 
 
 def _give_back() -> None:

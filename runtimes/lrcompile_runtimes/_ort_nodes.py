@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,17 +104,17 @@ def check_placement(session: onnxruntime.InferenceSession, model: Path, target: 
     """Raise BuildError where a node that computes floating-point numbers from the model's data was put on the CPU.
 
     What may stay there is what ONNX Runtime itself puts there: integers and booleans, and numbers that come from shapes and
-    constants alone.
+    constants alone. Nodes that it made itself, say to reorder a shape, are on the CPU by choice where others of their type are not.
     """
-    on_cpu = [node for provider, node in assigned(session) if provider == CPU]
+    given = assigned(session)
+    on_cpu = [node for provider, node in given if provider == CPU]
     if not on_cpu:
         return
     import onnx_ir as ir
 
     named, typed = _harmless(ir.load(model))
-    wrong = [
-        node for node in on_cpu if not named.get(node.name, typed.get(node.op_type, False))
-    ]  # by type: nodes without a name, or that ONNX Runtime made
+    elsewhere = {node.op_type for provider, node in given if provider != CPU}
+    wrong = [node for node in on_cpu if not _may_stay(node, named, typed, elsewhere)]
     if wrong:
         listed = ", ".join(f"{node.op_type} {node.name!r}" for node in wrong[:5])
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
@@ -122,6 +122,16 @@ def check_placement(session: onnxruntime.InferenceSession, model: Path, target: 
             f"{target} has no kernel for {listed}{more} of {model.name}, which would run on the CPU; "
             "allow that with cpu_nodes, or choose another target"
         )
+
+
+def _may_stay(
+    node: Any, named: Mapping[str, bool], typed: Mapping[str, bool], elsewhere: Collection[str]
+) -> bool:
+    """Whether a node may run on the CPU: as `_harmless` says by its name, or by its type if the model has no such node."""
+    if node.name in named:
+        return named[node.name]
+    made = bool(node.name)  # those of the model without a name may be anything
+    return typed.get(node.op_type, False) or (made and node.op_type in elsewhere)
 
 
 def _harmless(model: ir.Model) -> tuple[dict[str, bool], dict[str, bool]]:

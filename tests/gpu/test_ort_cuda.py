@@ -9,7 +9,7 @@ import onnx
 import pytest
 
 from lrcompile import fused
-from lrcompile.errors import BuildError
+from lrcompile.errors import BuildError, UsageError
 from lrcompile.interfaces import BuildOptions, Engine
 from lrcompile.records import EngineOptions, ShapeRange
 from lrcompile.registry import runtime_of
@@ -105,6 +105,16 @@ def test_what_is_bound_is_computed(tmp_path: Path) -> None:
             np.testing.assert_allclose(output, reference(path, x), **CLOSE)
 
 
+def test_fixed_shapes_leave_nothing_on_the_cpu(tmp_path: Path) -> None:
+    """A graph is recorded only where every node is on the GPU; a reshape by an open shape is not."""
+    path, shapes = saved(tmp_path, pair()), (ShapeRange("x", (16, K), (16, K), (16, K)),)
+    x = normal(16, K)
+    with on("ort-cuda", path, cuda_graph=True, shapes=shapes) as engine:
+        engine.bound({"x": x})(3)
+        np.testing.assert_allclose(engine.run({"x": x})["y"], reference(path, x), **CLOSE)
+        assert not any("CPUExecutionProvider" in key for key in engine.nodes())
+
+
 def test_half_precision(tmp_path: Path) -> None:
     path = saved(tmp_path, pair(np.float16))
     x = normal(16, K, dtype=np.float16)
@@ -149,7 +159,7 @@ def test_provider_options(tmp_path: Path) -> None:
         assert given["use_tf32"] == "0"
     with pytest.raises(BuildError, match="no_such_option"):
         on("ort-cuda", path, provider=(("no_such_option", "1"),))
-    with pytest.raises(BuildError, match="ort-cuda has no option for streaming"):
+    with pytest.raises(UsageError, match="--weight-streaming: target ort-cuda has no use for it"):
         on("ort-cuda", path, streaming=1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -14,8 +15,8 @@ from lrcompile.errors import BuildError, UsageError
 from lrcompile.interfaces import BuildOptions
 from lrcompile.records import EngineOptions, ShapeRange
 from lrcompile.registry import runtime_of
-from lrcompile_runtimes._ort_devices import TARGETS, provider_options
-from lrcompile_runtimes._ort_nodes import _harmless
+from lrcompile_runtimes._ort_devices import TARGETS, _dimensions, provider_options
+from lrcompile_runtimes._ort_nodes import _harmless, _may_stay
 from tests.graphs import model, node, normal, proto
 
 
@@ -87,3 +88,27 @@ def test_what_may_run_on_the_cpu_beside_a_gpu() -> None:
     assert {name for name, fine in named.items() if fine} == {"shape", "concat", "cast", "root", "best"}
     assert typed["Mul"] is False
     assert typed["Sqrt"] is True
+
+
+def test_nodes_that_onnx_runtime_made_may_stay_on_the_cpu() -> None:
+    """By the rest of their type: what has a kernel elsewhere is not there for want of one. Nodes without a name get no such credit."""
+    named, typed = {"rows": False, "shape": True}, {"Gather": False, "Shape": True}
+    made, unnamed = (
+        SimpleNamespace(name="Gather_1", op_type="Gather"),
+        SimpleNamespace(name="", op_type="Gather"),
+    )
+    assert _may_stay(made, named, typed, {"Gather", "MatMul"})
+    assert not _may_stay(made, named, typed, {"MatMul"})
+    assert not _may_stay(unnamed, named, typed, {"Gather"})
+    assert not _may_stay(SimpleNamespace(name="rows", op_type="Gather"), named, typed, {"Gather"})
+    assert _may_stay(SimpleNamespace(name="shape", op_type="Shape"), named, typed, set())
+
+
+def test_dimensions_of_a_fixed_shape(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    onnx.save(
+        proto([node("MatMul", ["x", "w"], ["y"])], {"x": ("n", "m", 4)}, ["y"], {"w": normal(4, 2)}), path
+    )
+    fixed = ShapeRange("x", (3, 0, 4), (3, 0, 4), (3, 0, 4))
+    assert _dimensions(path, [fixed]) == {"n": 3, "m": 0}
+    assert _dimensions(path, [ShapeRange("x", (1, 0, 4), (3, 0, 4), (3, 0, 4))]) == {}
