@@ -170,7 +170,7 @@ def _decompose(W: Array, C: Array | None) -> Factors:
     M = W if C is None else root(C).T @ W
     energy, U = eigh(M @ M.T)
     V, _ = scipy.linalg.qr(M.T @ U, mode="economic")
-    return {"basis": _fix_signs(V), "energy": energy}
+    return {"basis": fix_signs(V), "energy": energy}
 
 
 def left_moment(group: Group, statistics: StatisticsSource | None) -> Array | None:
@@ -222,10 +222,10 @@ def root(C: Array) -> Array:
 def eigh(G: Array) -> tuple[Array, Array]:
     """Eigenvalues (falling, never negative) and eigenvectors (signs fixed) of a symmetric matrix."""
     values, vectors = np.linalg.eigh(0.5 * (G + G.T))  # as quick as SciPy's, and lets other threads run
-    return np.maximum(values[::-1], 0.0), _fix_signs(vectors[:, ::-1])
+    return np.maximum(values[::-1], 0.0), fix_signs(vectors[:, ::-1])
 
 
-def _fix_signs(V: Array) -> Array:
+def fix_signs(V: Array) -> Array:
     """Columns with their largest entry positive: LAPACK leaves the sign to chance."""
     largest = V[np.abs(V).argmax(axis=0), np.arange(V.shape[1])]
     return V * np.where(largest < 0, -1.0, 1.0)

@@ -28,7 +28,7 @@ from tests.graphs import Array
 from tests.graphs import weights as new_weights
 
 SLICING = factorization("slicing")
-eliminate: Any = __import__("lrcompile_passes.slicing", fromlist=["eliminate"]).eliminate
+eliminate: Any = __import__("lrcompile_passes._slicing.neurons", fromlist=["eliminate"]).eliminate
 # Float32 products of a few dozen terms, a softmax between them.
 ROUNDED = 2e-5
 
@@ -351,7 +351,7 @@ def test_planes_go_one_by_one_with_what_went() -> None:
     rng = np.random.default_rng(3)
     V = rng.standard_normal((8, 5))
     T = V @ V.T
-    order, costs = __import__("lrcompile_passes.slicing", fromlist=["_least"])._least(T)
+    order, costs = __import__("lrcompile_passes._slicing.queries", fromlist=["_least"])._least(T)
     gone: list[int] = []
     for r in range(8, 0, -1):
         assert costs[r] == pytest.approx(T[np.ix_(gone, gone)].sum(), abs=1e-9)
@@ -397,7 +397,7 @@ def test_deterministic(tmp_path: Path) -> None:
 
 def test_a_huge_hidden_layer_takes_larger_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """As for 12,288 neurons: the losses stay those of a refit."""
-    module = __import__("lrcompile_passes.slicing", fromlist=["_BLOCKS"])
+    module = __import__("lrcompile_passes._slicing.neurons", fromlist=["_BLOCKS"])
     monkeypatch.setattr(module, "_BLOCKS", 2)
     M, W = moment(120, 7), np.random.default_rng(8).standard_normal((120, 5))
     order, lost = eliminate(M, W)

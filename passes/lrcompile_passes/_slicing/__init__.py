@@ -1,0 +1,1 @@
+"""Slicing, by what is cut: neurons, values, queries with their keys. `moments`: what they share."""
