@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lrcompile.allocate import Options, allocate, cheapest, covers_of
+from lrcompile.coding import FLOATS
 from lrcompile.cost import stored_bytes
 from lrcompile.curves import Curve, Problem, Whole, decision_of, dense_of, folded, knows, prepare, refused_of
 from lrcompile.errors import BudgetError, UsageError
@@ -451,8 +452,9 @@ def _priced(
 ) -> Decision:
     """The decision with the cost and the error of the form that it names."""
     ranks = (decision.rank,) if decision.rank is not None else None
+    codes = () if decision.storage in (None, *FLOATS) else (str(decision.storage),)
     form = (decision.rank, decision.structure, decision.storage)
-    for options in (CandidateOptions(full=True), CandidateOptions(ranks=ranks)):
+    for options in (CandidateOptions(full=True), CandidateOptions(ranks=ranks, storages=codes)):
         if options.full and not method.exact_at_full_rank:
             continue
         if (

@@ -36,6 +36,8 @@ METHODS = sorted(
     n for n, m in registry.factorizations().items() if "linear" in getattr(m, "kinds", ("linear",))
 )
 KINDS = ("matmul", "bias", "gemm", "left", "gather", "shared", "tied", "siblings", "ffn", "ffn bias")
+# Types that forms of codes alone are offered in.
+CODES = ("uint4", "int3-16s16", "int8")
 # Forms of a weight that are carried out: of those with many structures some from all over.
 _MOST = 6
 
@@ -181,7 +183,9 @@ def cases(method: Factorization, cache: Cache, kind: str, K: int, N: int, seed: 
         statistics = statistics_of(group.sites, seed, samples=4 * max(K, N)) if with_data else None
         if method.needs_data and statistics is None:
             continue
-        found = list(method.candidates(group, weights, statistics, CandidateOptions(ranks=(1, 2, min(K, N)))))
+        found = list(
+            method.candidates(group, weights, statistics, CandidateOptions((1, 2, min(K, N)), storages=CODES))
+        )
         for candidate in found[:: len(found) // _MOST + 1]:
             yield model, group, weights, statistics, candidate
 
