@@ -67,10 +67,12 @@ def _zeros(coded: Coded) -> Array | None:
     storage = coded.storage
     if coded.zeros is not None:
         return coded.zeros
-    if storage.bits >= 4:
-        return None
-    first = _steps(storage)[1] if storage.levels else -storage.low
-    return np.full(coded.scales.shape, first)
+    return None if storage.bits >= 4 else np.full(coded.scales.shape, stored_zero(storage))
+
+
+def stored_zero(storage: Storage) -> int:
+    """What stands for zero where signed codes are stored from zero upwards."""
+    return _steps(storage)[1] if storage.levels else -storage.low
 
 
 def _codes(coded: Coded, by_row: bool) -> dict[str, Part]:

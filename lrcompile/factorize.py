@@ -14,14 +14,14 @@ import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
 import numpy as np
 import onnx_ir as ir
 
-from lrcompile.coding import FLOATS, decoded, rounded, type_of
+from lrcompile.coding import decoded, rounded, type_of
 from lrcompile.errors import PluginError
-from lrcompile.factors import FactorSet
+from lrcompile.factors import FactorSet, candidate_of
 from lrcompile.interfaces import Array, Factorization, Factors, StatisticsSource, Weights
 from lrcompile.loss import group_loss
 from lrcompile.progress import Progress, silent
 from lrcompile.quantize import Coded
-from lrcompile.records import Candidate, Cost, Decision, Group, Plan
+from lrcompile.records import Decision, Group, Plan
 from lrcompile.weights import side_by_side, storage_of
 
 logger = logging.getLogger(__name__)
@@ -74,12 +74,8 @@ def _one(
     measured_by: tuple[Weights, StatisticsSource | None],
 ) -> FactorSet:
     site = group.sites[0]
-    storage = ir.DataType[decision.storage.upper()] if decision.storage in FLOATS else storage_of(site)
-    candidate = Candidate(
-        method=decision.method, rank=decision.rank,
-        cost=Cost(decision.parameters_after, decision.bytes_after, decision.flops_after),
-        error=decision.claimed_error or 0.0, bound=decision.bound, structure=decision.structure, storage=decision.storage,
-    )  # fmt: skip
+    storage = storage_of(site, decision.storage)
+    candidate = candidate_of(decision)
     key = (
         "factors-3", decision.method, str(decision.rank), repr(decision.structure), storage.name, str(decision.storage), str(seed),
         *(weights.key(s) for s in group.sites), *(statistics.key(s) if statistics else "" for s in group.sites),
