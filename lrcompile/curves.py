@@ -226,7 +226,7 @@ def _curve(
                 objective = "latency" if budget.asks_speed else budget.objective
                 reason = None if full else _costs(candidate, dense, objective, linear)
                 if candidate.storage is not None and reason is None:
-                    no = legal(candidate.storage, group, target)
+                    no = legal(candidate.storage, group, target, folds=candidate.folds)
                     reason = no.reason if no is not None else None
                 if reason is None and (no := supports(decision_of(group, candidate, ""))) is not None:
                     reason = no.reason

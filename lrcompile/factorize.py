@@ -96,6 +96,9 @@ def _one(
     arrays = [_untag(t) for t in kept if t != "measured"]
     shapes = {n.removeprefix(_CODES): shape for n, _, shape in arrays if not n.startswith(_BESIDE)}
     coded = frozenset(n.removeprefix(_CODES) for n in (a[0] for a in arrays) if n.startswith(_CODES))
+    for n, _, levels in arrays:  # of matrices with common codes
+        if n.startswith("levels:") and len(levels) > 1:
+            shapes[n.removeprefix("levels:")] += levels[1:]
     if group.sites[0].kind == "lookup":  # coded along their rows
         shapes = {n: s[::-1] if n in coded else s for n, s in shapes.items()}
     indices = frozenset(n for n, dtype, _ in arrays if dtype.kind == "i" and not n.startswith(_CODED))

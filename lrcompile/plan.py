@@ -429,8 +429,9 @@ def check_plan(
                 "give --objective disk"
             )
         if decision.storage is not None:
-            no = legal(decision.storage, group, target) if known(decision.storage) else None
-            if no is not None or not known(decision.storage):
+            there = known(decision.storage)
+            no = legal(decision.storage, group, target, folds=decision.folds) if there else None
+            if no is not None or not there:
                 reason = no.reason if no is not None else "there is no such type"
                 raise UsageError(f"the plan stores {decision.group!r} in {decision.storage!r}: {reason}")
         for name in decision.sites:
