@@ -2,24 +2,23 @@
 
 A factor that multiplies the site's input (`w`, `a`, `p`) is rounded with error feedback by the input's second moment C; one behind it
 (`b`, `c`) by A^T C A, what the first one makes of the input; all others by a search over scales alone. Where a bias can absorb it, the mean of
-what rounding changed goes there. Tables are coded along their rows.
+what rounding changed goes there. Tables are coded along their rows. What a factorization has coded by itself stays as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from lrcompile.interfaces import Array, Factorization, Factors, StatisticsSource, Weights
-from lrcompile.quantize import Coded, Storage, fed_back, searched, storage, sweep
+from lrcompile.quantize import Coded, Storage, rounded_by, searched, storage
 from lrcompile.records import Candidate, Group, Site
 
 # Types that hold numbers as they are, rounded: there are no codes.
 FLOATS = ("double", "float", "float16", "bfloat16")
 _SWEEPS = 2
 _FIRST, _SECOND = ("w", "a", "p"), ("b", "c")
-_LARGEST = 8192  # rows of a moment: error feedback takes K^2 N
 
 
 def coded_factors(
@@ -45,20 +44,20 @@ def coded_factors(
         elif moment is not None and name.split(".")[0] in _SECOND:
             first = next((made[n].values for n in _FIRST if n in made), None)
             C = first.T @ moment @ first if first is not None else None
-        if C is None or len(C) > _LARGEST or kind.bits >= 8:
-            made[name] = searched(array, kind, None if C is None else np.diagonal(C))
-        else:
-            made[name] = (
-                sweep(array, C, fed_back(array, C, kind), sweeps) if sweeps else fed_back(array, C, kind)
-            )
+        made[name] = rounded_by(array, C, kind, sweeps)
     return made
+
+
+def type_of(method: Factorization, factor: str, name: str) -> Storage:
+    """What a factor is coded in where the decision's storage type is `name`."""
+    stored_as: Callable[[str, str], str] | None = getattr(method, "stored_as", None)
+    return storage(name if stored_as is None else stored_as(factor, name))
 
 
 def decoded(factors: Factors, coded: Mapping[str, Coded], group: Group) -> dict[str, Array]:
     """The factors with what their codes mean."""
     by_row = group.sites[0].kind == "lookup"
-    values = {n: c.values.T if by_row else c.values for n, c in coded.items()}
-    return {n: values.get(n, a) for n, a in factors.items()}
+    return {**factors, **{n: c.values.T if by_row else c.values for n, c in coded.items()}}
 
 
 def rounded(
@@ -71,7 +70,11 @@ def rounded(
     sweeps: int = _SWEEPS,
 ) -> tuple[Factors, Mapping[str, Coded]]:
     """The factors of a form, as its storage type leaves them, biases corrected; and the codes."""
-    factors = method.factorize(group, weights, statistics, form, seed)
+    given = method.factorize(group, weights, statistics, form, seed)
+    own = {n: f for n, f in given.items() if isinstance(f, Coded)}
+    factors: Factors = {n: f for n, f in given.items() if isinstance(f, np.ndarray)}
+    if own:  # biases are its own too
+        return decoded(factors, own, group), own
     if form.storage is None or form.storage in FLOATS:
         return factors, {}
     kind = storage(form.storage)

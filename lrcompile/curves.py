@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from lrcompile.coding import FLOATS
 from lrcompile.cost import dense_flops, stored_bytes
 from lrcompile.errors import UsageError
 from lrcompile.interfaces import CandidateOptions, Factorization, StatisticsSource, Weights
@@ -203,6 +204,7 @@ def _curve(
         ranks=(budget.rank,) if isinstance(budget.rank, int) else None,
         multiple=_multiple(min(site.K, site.N), budget),
         full=full,
+        storages=tuple(t for t in storages if t not in FLOATS and legal(t, group, target) is None),
     )
     dense = dense_of(group, "")
     linear = all(s.kind == "linear" for s in group.sites)
@@ -224,7 +226,7 @@ def _curve(
                 objective = "latency" if budget.asks_speed else budget.objective
                 reason = None if full else _costs(candidate, dense, objective, linear)
                 if candidate.storage is not None and reason is None:
-                    no = legal(candidate.storage, group, target)
+                    no = legal(candidate.storage, group, target, folds=candidate.folds)
                     reason = no.reason if no is not None else None
                 if reason is None and (no := supports(decision_of(group, candidate, ""))) is not None:
                     reason = no.reason
@@ -322,7 +324,7 @@ def _costs(candidate: Candidate, dense: Decision, objective: str, linear: bool) 
         return (
             f"its factors would take more bytes than the weight does in its own type ({dense.bytes_before:,})"
         )
-    if linear and candidate.cost.flops > dense.flops_before:
+    if linear and candidate.storage is None and candidate.cost.flops > dense.flops_before:
         return f"{candidate.method} would take more multiplications than the weight where it saves parameters"
     return None
 

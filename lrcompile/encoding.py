@@ -5,7 +5,8 @@
                 they fold constants, and keep four bits
     scales      float32, or float16 and Cast, or float8, Cast and one factor; one a column (axis 1) or one a block of rows (axis 0)
 
-Codes of ternary and sign types are integers with a zero point too. Numbers of a float8 are their own constant. A table is read by
+Codes of ternary and sign types are integers with a zero point too. Numbers of a float8 are their own constant. Places in levels that were
+fitted are gathered from these, which runtimes do once when they load the file: there only the file is smaller. A table is read by
 row: codes and scales of the rows that are asked for are gathered, then decoded, so that the table is never decoded as a whole; its groups
 run along the row. DequantizeLinear is made once for each consumer, which lets runtimes keep the codes in memory.
 """
@@ -38,10 +39,12 @@ class Part:
 
 def parts_of(coded: Coded, *, by_row: bool = False) -> dict[str, Part]:
     """The constants, by the suffix of their name. by_row: of a table, whose transpose was coded."""
-    made = {
-        **_codes(coded, by_row),
-        **_scales(coded, by_row),
-    }
+    if coded.storage.fitted:
+        assert coded.levels is not None
+        dtype = ir.DataType.UINT4 if coded.storage.bits == 4 else ir.DataType.UINT8
+        codes = Part(dtype, coded.codes.astype(dtype.numpy()))
+        return {"": codes, "levels": Part(ir.DataType.FLOAT, coded.levels.astype(np.float32))}
+    made = {**_codes(coded, by_row), **_scales(coded, by_row)}
     if (zeros := _zeros(coded)) is not None:
         dtype = ir.DataType.UINT8 if by_row else _integer(coded.storage)  # of rows that are gathered
         one_a_column = not by_row and len(zeros) == 1
@@ -67,10 +70,12 @@ def _zeros(coded: Coded) -> Array | None:
     storage = coded.storage
     if coded.zeros is not None:
         return coded.zeros
-    if storage.bits >= 4:
-        return None
-    first = _steps(storage)[1] if storage.levels else -storage.low
-    return np.full(coded.scales.shape, first)
+    return None if storage.bits >= 4 else np.full(coded.scales.shape, stored_zero(storage))
+
+
+def stored_zero(storage: Storage) -> int:
+    """What stands for zero where signed codes are stored from zero upwards."""
+    return _steps(storage)[1] if storage.levels else -storage.low
 
 
 def _codes(coded: Coded, by_row: bool) -> dict[str, Part]:
@@ -126,7 +131,13 @@ def decode(
     compute: ir.DataType,
     name: str,
 ) -> ir.Value:
-    """The nodes that make a matrix (K, N) of its parts."""
+    """The nodes that make a matrix (K, N), or (K, N, n) of n with common codes, of its parts."""
+    if storage.fitted:
+        places = op("Cast", given[""], name=f"{name}_places", to=ir.DataType.INT32)
+        numbers = op("Gather", given["levels"], places, name=f"{name}_numbers", axis=0)
+        return (
+            numbers if compute == ir.DataType.FLOAT else op("Cast", numbers, name=f"{name}_cast", to=compute)
+        )
     K, N = shape
     scale = _decoded_scale(op, given, storage, compute, name)
     codes = given[""]

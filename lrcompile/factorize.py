@@ -14,15 +14,14 @@ import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
 import numpy as np
 import onnx_ir as ir
 
-from lrcompile.coding import FLOATS, decoded, rounded
+from lrcompile.coding import decoded, rounded, type_of
 from lrcompile.errors import PluginError
-from lrcompile.factors import FactorSet
+from lrcompile.factors import FactorSet, candidate_of
 from lrcompile.interfaces import Array, Factorization, Factors, StatisticsSource, Weights
 from lrcompile.loss import group_loss
 from lrcompile.progress import Progress, silent
 from lrcompile.quantize import Coded
-from lrcompile.quantize import storage as storage_type
-from lrcompile.records import Candidate, Cost, Decision, Group, Plan
+from lrcompile.records import Decision, Group, Plan
 from lrcompile.weights import side_by_side, storage_of
 
 logger = logging.getLogger(__name__)
@@ -75,12 +74,8 @@ def _one(
     measured_by: tuple[Weights, StatisticsSource | None],
 ) -> FactorSet:
     site = group.sites[0]
-    storage = ir.DataType[decision.storage.upper()] if decision.storage in FLOATS else storage_of(site)
-    candidate = Candidate(
-        method=decision.method, rank=decision.rank,
-        cost=Cost(decision.parameters_after, decision.bytes_after, decision.flops_after),
-        error=decision.claimed_error or 0.0, bound=decision.bound, structure=decision.structure, storage=decision.storage,
-    )  # fmt: skip
+    storage = storage_of(site, decision.storage)
+    candidate = candidate_of(decision)
     key = (
         "factors-3", decision.method, str(decision.rank), repr(decision.structure), storage.name, str(decision.storage), str(seed),
         *(weights.key(s) for s in group.sites), *(statistics.key(s) if statistics else "" for s in group.sites),
@@ -101,16 +96,19 @@ def _one(
     arrays = [_untag(t) for t in kept if t != "measured"]
     shapes = {n.removeprefix(_CODES): shape for n, _, shape in arrays if not n.startswith(_BESIDE)}
     coded = frozenset(n.removeprefix(_CODES) for n in (a[0] for a in arrays) if n.startswith(_CODES))
+    for n, _, levels in arrays:  # of matrices with common codes
+        if n.startswith("levels:") and len(levels) > 1:
+            shapes[n.removeprefix("levels:")] += levels[1:]
     if group.sites[0].kind == "lookup":  # coded along their rows
         shapes = {n: s[::-1] if n in coded else s for n, s in shapes.items()}
     indices = frozenset(n for n, dtype, _ in arrays if dtype.kind == "i" and not n.startswith(_CODED))
 
     def codes() -> Mapping[str, Coded]:
-        return _coded(_unpack(weights.remember(key, compute)), decision)
+        return _coded(_unpack(weights.remember(key, compute)), method, str(decision.storage))
 
     def load() -> Factors:
         plain = {n: a for n, a in _unpack(weights.remember(key, compute)).items() if not n.startswith(_CODED)}
-        return decoded({**plain, **dict.fromkeys(coded, _NOTHING)}, codes(), group) if coded else plain
+        return decoded(plain, codes(), group) if coded else plain
 
     measured = float(kept["measured"][0])
     if (
@@ -150,7 +148,6 @@ def annotate(plan: Plan, sets: Sequence[FactorSet]) -> Plan:
 # A coded matrix is several arrays in the cache.
 _CODES, _BESIDE = "codes:", ("scales:", "zeros:", "levels:", "factor:")
 _CODED = (_CODES, *_BESIDE)
-_NOTHING = np.zeros(0)
 
 
 def _coded_arrays(coded: Mapping[str, Coded]) -> dict[str, Array]:
@@ -163,11 +160,11 @@ def _coded_arrays(coded: Mapping[str, Coded]) -> dict[str, Array]:
     return made
 
 
-def _coded(arrays: Factors, decision: Decision) -> Mapping[str, Coded]:
+def _coded(arrays: Factors, method: Factorization, storage: str) -> Mapping[str, Coded]:
     names = [n.removeprefix(_CODES) for n in arrays if n.startswith(_CODES)]
     return {
         n: Coded(
-            storage_type(str(decision.storage)), arrays[f"codes:{n}"], arrays[f"scales:{n}"], arrays.get(f"zeros:{n}"),
+            type_of(method, n, storage), arrays[f"codes:{n}"], arrays[f"scales:{n}"], arrays.get(f"zeros:{n}"),
             arrays.get(f"levels:{n}"), float(arrays[f"factor:{n}"][0]),
         )
         for n in names

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from lrcompile.interfaces import Array, Factorization, Factors
 from lrcompile.quantize import Coded
-from lrcompile.records import Decision, Group, Site
+from lrcompile.records import Candidate, Cost, Decision, Group, Site
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,6 +33,15 @@ class FactorSet:
 
     def type_of(self, name: str) -> ir.DataType:
         return ir.DataType.INT32 if name in self.indices else self.storage
+
+
+def candidate_of(decision: Decision) -> Candidate:
+    """The form that was decided on, as its factorization knows it."""
+    return Candidate(
+        method=decision.method, rank=decision.rank,
+        cost=Cost(decision.parameters_after, decision.bytes_after, decision.flops_after),
+        error=decision.claimed_error or 0.0, bound=decision.bound, structure=decision.structure, storage=decision.storage,
+    )  # fmt: skip
 
 
 def bias_in_place(site: Site, corrected: Array) -> Array:

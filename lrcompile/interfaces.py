@@ -31,6 +31,15 @@ if TYPE_CHECKING:  # half a second, which every child process would pay
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Factors = Mapping[str, Array]
+
+
+class Codes(Protocol):
+    """A matrix that is coded already: `lrcompile.quantize.Coded`."""
+
+    @property
+    def values(self) -> Array: ...
+
+
 # A constant that a decision changes: the site's name and "weight" or "bias"; the group's name and "kept" (see `edits`).
 Constant = tuple[str, str]
 
@@ -93,11 +102,15 @@ class Weights(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class CandidateOptions:
-    """Which candidates are wanted. ranks: these; None: a grid in steps of multiple. full: the exact form only."""
+    """Which candidates are wanted. ranks: these; None: a grid in steps of multiple. full: the exact form only.
+
+    storages: types that may be stored, for those that have forms of their own in them (see `Factorization.factorize`).
+    """
 
     ranks: tuple[int, ...] | None = None
     multiple: int = 1
     full: bool = False
+    storages: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -139,7 +152,8 @@ class Factorization(Protocol):
     """One way to store a group of weights, with its mathematics and its subgraph.
 
     It is asked about matrices and tables; one for kernels says so by `kinds`, the `Kind` of sites that it is for: ``("conv",)``;
-    one whose nodes came late says so by `least_opset`.
+    one whose nodes came late says so by `least_opset`; one whose coded factors are not all of the decision's storage type
+    says so by ``stored_as(factor, storage)``, the name of the factor's type.
     """
 
     @property
@@ -186,8 +200,12 @@ class Factorization(Protocol):
         statistics: StatisticsSource | None,
         candidate: Candidate,
         seed: int,
-    ) -> Factors:
-        """The arrays of a candidate: float64, or int32 for indices. ``bias.i`` among them is site i's corrected bias, (N,)."""
+    ) -> Mapping[str, Array | Codes]:
+        """The arrays of a candidate: float64, or int32 for indices. ``bias.i`` among them is site i's corrected bias, (N,).
+
+        In a storage type the core codes them one by one. A factorization whose factors are fitted to what coding left of others, or
+        share their codes, gives `Codes` in their place, and then corrects biases itself.
+        """
         ...
 
     def reconstruct(self, group: Group, factors: Factors) -> Mapping[Constant, Array]:

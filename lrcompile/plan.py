@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lrcompile.allocate import Options, allocate, cheapest, covers_of
+from lrcompile.coding import FLOATS
 from lrcompile.cost import stored_bytes
 from lrcompile.curves import Curve, Problem, Whole, decision_of, dense_of, folded, knows, prepare, refused_of
 from lrcompile.errors import BudgetError, UsageError
@@ -428,8 +429,9 @@ def check_plan(
                 "give --objective disk"
             )
         if decision.storage is not None:
-            no = legal(decision.storage, group, target) if known(decision.storage) else None
-            if no is not None or not known(decision.storage):
+            there = known(decision.storage)
+            no = legal(decision.storage, group, target, folds=decision.folds) if there else None
+            if no is not None or not there:
                 reason = no.reason if no is not None else "there is no such type"
                 raise UsageError(f"the plan stores {decision.group!r} in {decision.storage!r}: {reason}")
         for name in decision.sites:
@@ -451,8 +453,9 @@ def _priced(
 ) -> Decision:
     """The decision with the cost and the error of the form that it names."""
     ranks = (decision.rank,) if decision.rank is not None else None
+    codes = () if decision.storage in (None, *FLOATS) else (str(decision.storage),)
     form = (decision.rank, decision.structure, decision.storage)
-    for options in (CandidateOptions(full=True), CandidateOptions(ranks=ranks)):
+    for options in (CandidateOptions(full=True), CandidateOptions(ranks=ranks, storages=codes)):
         if options.full and not method.exact_at_full_rank:
             continue
         if (

@@ -13,17 +13,20 @@ from polygraphy.json import load_json
 
 from lrcompile.build import REFERENCE, build
 from lrcompile.child import Child
+from lrcompile.coding import FLOATS, decoded, type_of
 from lrcompile.cost import is_large
 from lrcompile.errors import BuildError, VerificationError
-from lrcompile.factors import FactorSet
+from lrcompile.factors import FactorSet, candidate_of
 from lrcompile.feeds import Feed, inputs_of
 from lrcompile.graph import dims
 from lrcompile.interfaces import Array, BuildOptions, Factorization, Factors
 from lrcompile.lean import without_torch
 from lrcompile.precision import refloated
+from lrcompile.quantize import Coded
 from lrcompile.records import Decision, Group, Precision, Site
 from lrcompile.registry import runtime_of
 from lrcompile.store import new_folder, save_model
+from lrcompile.unpacking import coded_of
 from lrcompile.verify import differences, noise_of
 from lrcompile.weights import storage_of
 
@@ -166,33 +169,60 @@ def published_factors(
     published: ir.Model,
 ) -> tuple[FactorSet, ...] | None:
     """The factors of every decision as the published graph holds them; None when it holds one in another form."""
-    # folded into neighbours, whose factors are not in their own order any more; or codes, whose factors stand in several constants
-    if any(d.permutes or d.storage for d in decisions):
+    if any(d.permutes for d in decisions):
+        return None  # folded into neighbours, whose factors are not in their own order any more
+    found = [
+        _published(d, groups[d.group], methods[d.method], published.graph.initializers) for d in decisions
+    ]
+    sets = tuple(s for s in found if s is not None)
+    return sets if len(sets) == len(found) else None
+
+
+def _published(
+    decision: Decision, group: Group, method: Factorization, constants: Mapping[str, ir.Value]
+) -> FactorSet | None:
+    prefix = f"{group.sites[0].name}/{decision.method}/"
+    given = {n.removeprefix(prefix): v.const_value for n, v in constants.items() if n.startswith(prefix)}
+    tensors = {n: t for n, t in given.items() if t is not None and "/" not in n}
+    if not tensors:
         return None
-    constants = published.graph.initializers
-    sets = []
-    for decision in decisions:
-        group = groups[decision.group]
-        prefix = f"{group.sites[0].name}/{decision.method}/"
-        found = {n.removeprefix(prefix): v.const_value for n, v in constants.items() if n.startswith(prefix)}
-        factors = {n: t for n, t in found.items() if t is not None and "/" not in n}
-        if not factors:
+    coded = _coded(tensors, decision, group, method)
+    if coded is None:
+        return None
+    plain = {n: t for n, t in tensors.items() if not any(n == c or n.startswith(f"{c}.") for c in coded)}
+    biases = {k: a for i, s in enumerate(group.sites) for k, a in _bias(i, s, constants).items()}
+
+    def load() -> Factors:
+        return decoded({**{n: t.numpy() for n, t in plain.items()}, **biases}, coded, group)
+
+    promised = method.shapes(group, candidate_of(decision))
+    sizes = {n: promised[n] for n in coded}
+    shapes = {n: s if isinstance(s, tuple) else s.shape for n, s in sizes.items()}
+    return FactorSet(
+        decision, group, method, storage_of(group.sites[0], decision.storage), {**{n: dims(t) for n, t in plain.items()}, **shapes},
+        0.0, load, frozenset(n for n, t in plain.items() if t.dtype == ir.DataType.INT32), frozenset(coded), lambda: coded,
+    )  # fmt: skip
+
+
+def _coded(
+    tensors: Mapping[str, ir.TensorProtocol], decision: Decision, group: Group, method: Factorization
+) -> Mapping[str, Coded] | None:
+    """Factors that are stored as codes; None where some are not what the decision's type makes of them."""
+    if decision.storage is None or decision.storage in FLOATS:
+        return {}
+    by_row = group.sites[0].kind == "lookup"
+    made: dict[str, Coded] = {}
+    for name, shape in method.shapes(group, candidate_of(decision)).items():
+        parts = {n[len(name) + 1 :]: t for n, t in tensors.items() if n == name or n.startswith(f"{name}.")}
+        if not parts.keys() & {"scale", "levels"}:
+            continue
+        size = shape if isinstance(shape, tuple) else shape.shape
+        kind = type_of(method, name, decision.storage)
+        coded = coded_of(parts, kind, size[::-1] if by_row else size, by_row=by_row)
+        if coded is None:
             return None
-        biases = {k: a for i, s in enumerate(group.sites) for k, a in _bias(i, s, constants).items()}
-        shapes = {n: dims(t) for n, t in factors.items()}
-        method = methods[decision.method]
-        sets.append(
-            FactorSet(
-                decision, group, method, storage_of(group.sites[0]), shapes, 0.0,
-                lambda f=factors, b=biases: _load(f, b),  # type: ignore[misc]
-                frozenset(n for n, t in factors.items() if t.dtype == ir.DataType.INT32),
-            )
-        )  # fmt: skip
-    return tuple(sets)
-
-
-def _load(factors: Mapping[str, ir.TensorProtocol], biases: Factors) -> Factors:
-    return {**{name: tensor.numpy() for name, tensor in factors.items()}, **biases}
+        made[name] = coded
+    return made
 
 
 def _bias(index: int, site: Site, constants: Mapping[str, ir.Value]) -> Factors:

@@ -14,6 +14,7 @@ from functools import partial
 import numpy as np
 import onnx_ir as ir
 
+from lrcompile.coding import type_of
 from lrcompile.encoding import OPSET, Part, decode, decode_rows, parts_of
 from lrcompile.factors import FactorSet, bias_in_place
 from lrcompile.graph import (
@@ -30,7 +31,6 @@ from lrcompile.graph import (
 from lrcompile.interfaces import Array, Call, Constant
 from lrcompile.opsets import raise_opset
 from lrcompile.quantize import Storage
-from lrcompile.quantize import storage as storage_type
 from lrcompile.records import Group, Site, Step
 
 _ROWS = 256  # of a matrix, moved at a time
@@ -240,7 +240,7 @@ class _Parameters(Mapping[str, ir.Value]):
             if name in self._factors.coded:
                 shape = self._factors.shapes[name]
                 self._typed[name] = decode(
-                    self._op, self._parts(name), self._kind, shape, self._compute, name
+                    self._op, self._parts(name), self._kind(name), shape, self._compute, name
                 )
                 return self._typed[name]
             value = self.parameters[name] = ir.Value(name=f"{self._prefix}/{name}_in")
@@ -252,11 +252,10 @@ class _Parameters(Mapping[str, ir.Value]):
     def rows(self, name: str, ids: ir.Value) -> ir.Value:
         """Rows of a coded table."""
         shape = self._factors.shapes[name]
-        return decode_rows(self._op, self._parts(name), self._kind, shape, ids, self._compute, name)
+        return decode_rows(self._op, self._parts(name), self._kind(name), shape, ids, self._compute, name)
 
-    @property
-    def _kind(self) -> Storage:
-        return storage_type(str(self._factors.decision.storage))
+    def _kind(self, name: str) -> Storage:
+        return type_of(self._factors.method, name, str(self._factors.decision.storage))
 
     def _parts(self, name: str) -> dict[str, ir.Value]:
         """Parameters for the constants of a coded factor, by suffix."""

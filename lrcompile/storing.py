@@ -44,9 +44,9 @@ _TENSORRT = Legality(False, False, False, True, ("float16", "float32"), (0, 32, 
 LEGAL = {"reference": _ANY, "ort": _ANY, "trt": _TENSORRT}
 
 
-def legal(name: str, group: Group, target: str) -> Refusal | None:
-    """None, or why a target does not take this storage type for this group."""
-    if name in FLOATS:
+def legal(name: str, group: Group, target: str, *, folds: bool = False) -> Refusal | None:
+    """None, or why a target does not take this storage type for this group. folds: it is decoded when the file is loaded."""
+    if name in FLOATS or (folds and storage(name).fitted):
         return None
     rules, kind, site = LEGAL[target.partition("-")[0]], storage(name), group.sites[0]
     if kind.whole or kind.fitted or (kind.levels and kind.bits == 4):

@@ -132,8 +132,11 @@ def side_by_side(work: Callable[[T], S], items: Iterable[T], group_of: Callable[
                 future.cancel()
 
 
-def storage_of(site: Site) -> ir.DataType:
-    """The type that factors of this site are stored in: the weight's own, or the computing type where that is no float."""
+def storage_of(site: Site, asked: str | None = None) -> ir.DataType:
+    """The float type that factors of this site are stored in: what was asked for, else the weight's own, or the computing type where that
+    is no float."""
+    if asked is not None and (dtype := ir.DataType.__members__.get(asked.upper())) in FLOATS:
+        return dtype
     stored = ir.DataType[site.stored.upper()]
     return stored if stored in FLOATS else ir.DataType[site.dtype.upper()]
 

@@ -11,8 +11,8 @@ kashin       two spread-out factors instead of one weight
 
 from __future__ import annotations
 
-from lrcompile.quantize.correction import alternating, correction
-from lrcompile.quantize.feedback import fed_back, loss, sweep
+from lrcompile.quantize.correction import alternating, correction, left_over
+from lrcompile.quantize.feedback import fed_back, loss, rounded_by, sweep
 from lrcompile.quantize.formats import Storage, names, storage
 from lrcompile.quantize.orthogonal import Orthogonal, orthogonal
 from lrcompile.quantize.rounding import Coded, plain, searched
@@ -24,10 +24,12 @@ __all__ = [
     "alternating",
     "correction",
     "fed_back",
+    "left_over",
     "loss",
     "names",
     "orthogonal",
     "plain",
+    "rounded_by",
     "searched",
     "storage",
     "sweep",

@@ -26,7 +26,16 @@ from lrcompile.quantize.formats import SMALLEST, Storage, round_scales
 from lrcompile.quantize.rounding import Coded, searched
 
 DAMPING = 0.01
+LARGEST = 8192  # rows of a moment: error feedback takes K^2 N
 _BLOCK = 64
+
+
+def rounded_by(W: Array, C: Array | None, storage: Storage, sweeps: int = 2) -> Coded:
+    """W as well as its input's moment C lets it be rounded: with feedback and sweeps where bits are few and C is of a size to be factored."""
+    if C is None or len(C) > LARGEST or storage.bits >= 8:
+        return searched(W, storage, None if C is None else np.diagonal(C))
+    made = fed_back(W, C, storage)
+    return sweep(W, C, made, sweeps) if sweeps else made
 
 
 def fed_back(W: Array, C: Array, storage: Storage, *, damping: float = DAMPING, signed: bool = True) -> Coded:

@@ -36,8 +36,9 @@ SMALLEST = 1e-30  # a scale of nothing but zeros
 class Storage:
     """A storage type. group: numbers of a column that share a scale, 0 for the whole column. zero_points: stored in `bits` bits.
 
-    levels: ascending; empty: integers. fitted: the levels are fitted to the matrix (k-means) and stored beside it in float32.
-    whole: one scale for the whole matrix. scale: the type of scales.
+    levels: ascending; empty: integers. fitted: the levels are fitted to the matrix (k-means) and stored beside it in float32; there is
+    no scale then. together: how many matrices of one shape share the codes, each with its own levels. whole: one scale for the whole
+    matrix. scale: the type of scales.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Storage:
     zero_points: bool = False
     levels: tuple[float, ...] = ()
     fitted: bool = False
+    together: int = 1
     whole: bool = False
     scale: str = "float32"
 
@@ -83,7 +85,7 @@ class Storage:
         if self.zero_points:
             total += scales * self.bits
         if self.fitted:
-            total += 32 * (1 << self.bits)
+            total += 32 * (1 << self.bits) * self.together
         return total
 
     def bits_per_number(self, K: int, N: int) -> float:
@@ -126,6 +128,12 @@ def float8_codes(scales: Array, factor: float) -> Array:
     return codes
 
 
+# Two matrices with one code: no type that a weight by itself could take.
+_TOGETHER = {
+    s.name: s for s in (Storage(f"pairs{n}", n, fitted=True, whole=True, together=2) for n in (4, 8))
+}
+
+
 @cache
 def _known() -> dict[str, Storage]:
     table = [
@@ -152,9 +160,9 @@ def _known() -> dict[str, Storage]:
 def storage(name: str) -> Storage:
     """The type that a name means: ``int4``, ``int4-64`` (groups of 64), ``int4-16s8`` (scales of 8 bits). Raises KeyError."""
     found = re.fullmatch(r"([a-z]+\d*)(?:-(\d+))?(?:s(8|16|32))?", name)
-    if found is None or found[1] not in _known():
+    if found is None:
         raise KeyError(name)
-    made = _known()[found[1]]
+    made = _TOGETHER.get(found[1]) or _known()[found[1]]
     if found[2] is not None:
         made = replace(made, group=int(found[2]))
     if found[3] is not None:
@@ -163,5 +171,5 @@ def storage(name: str) -> Storage:
 
 
 def names() -> tuple[str, ...]:
-    """The names without a group of their own."""
+    """The names without a group of their own, of types that a matrix by itself may take."""
     return tuple(_known())

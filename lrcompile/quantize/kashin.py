@@ -8,7 +8,8 @@ Two-sided: W = U + Q V Q2^T. By column: each with its own norms; that converges 
 
 Per column (`four_steps`): two sign steps into u, two into v give each column four peaks +-c1 +-c2, a codebook in closed form, of 2 bits a
 factor. Levels: of k-means (16, 4, 3), uniform, or these; both factors of 2 bits are one code of 4 bits. `refitted`: alternately
-U <- round(W - Q V), V <- round(Q^T (W - U)).
+U <- round(W - Q V), V <- round(Q^T (W - U)). `refitted_codes`: the same in a storage type, each rounding with error feedback for the loss
+tr(E^T C E), E = W - U - Q V: of U by C, of V by Q^T C Q. `pairs` does so for one code of both.
 Sources: Kashin, 1977; Lyubarskii and Vershynin, 2010; Merkulov et al., Quantization of large language models with Kashin, UAI
 2024; Cherniuk et al., 2026 (the column form).
 """
@@ -22,7 +23,10 @@ import numpy as np
 
 from lrcompile.interfaces import Array
 from lrcompile.quantize.codebook import kmeans, kmeans_pairs
+from lrcompile.quantize.feedback import rounded_by
+from lrcompile.quantize.formats import Storage
 from lrcompile.quantize.orthogonal import Orthogonal
+from lrcompile.quantize.rounding import Coded
 
 TOLERANCE, STEPS = 1e-6, 600
 
@@ -143,6 +147,27 @@ def refitted(W: Array, start: Kashin, rounds_u: Rounds, rounds_v: Rounds, times:
         if residual < best[0]:
             best = (residual, U, V)
     return Kashin(best[1], best[2], left, right, best[0], start.rate, start.steps)
+
+
+def refitted_codes(
+    W: Array, start: Kashin, kind: Storage, C: Array | None, times: int
+) -> tuple[Coded, Coded]:
+    """U and V in a storage type, refitted so many times to what C (None: an identity) weighs; the best of all."""
+    left = start.left
+    D = None if C is None else rotated(left.apply(C), left, None)
+    u, v = rounded_by(start.U, C, kind, 0), rounded_by(start.V, D, kind, 0)
+
+    def lost() -> float:
+        E = W - u.values - rotated_back(v.values, left, None)
+        return float(np.vdot(E, E if C is None else C @ E))
+
+    best, kept = lost(), (u, v)
+    for _ in range(times):
+        u = rounded_by(W - rotated_back(v.values, left, None), C, kind, 1)
+        v = rounded_by(rotated(W - u.values, left, None), D, kind, 1)
+        if (now := lost()) < best:
+            best, kept = now, (u, v)
+    return kept
 
 
 def joint(W: Array, start: Kashin, count: int, seed: int) -> tuple[Kashin, Array, Array]:

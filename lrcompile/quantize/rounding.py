@@ -24,7 +24,7 @@ _SIGNS = (1.0, -1.0)
 class Coded:
     """A matrix (K, N) in a storage type. codes: integers, or places in `levels`. scales, zeros: (groups, N).
 
-    factor: what scales are stored in units of.
+    factor: what scales are stored in units of. Of matrices with common codes levels are (count, matrices), and values (K, N, matrices).
     """
 
     storage: Storage
@@ -43,6 +43,8 @@ class Coded:
     @property
     def values(self) -> Array:
         """(K, N) float64: what the codes mean."""
+        if self.storage.fitted:
+            return self.normal
         made: Array = self.normal * self._spread(self.scales)
         return made
 

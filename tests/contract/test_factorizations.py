@@ -36,6 +36,8 @@ METHODS = sorted(
     n for n, m in registry.factorizations().items() if "linear" in getattr(m, "kinds", ("linear",))
 )
 KINDS = ("matmul", "bias", "gemm", "left", "gather", "shared", "tied", "siblings", "ffn", "ffn bias")
+# Types that forms of codes alone are offered in.
+CODES = ("uint4", "int3-16s16", "int8")
 # Forms of a weight that are carried out: of those with many structures some from all over.
 _MOST = 6
 
@@ -181,7 +183,9 @@ def cases(method: Factorization, cache: Cache, kind: str, K: int, N: int, seed: 
         statistics = statistics_of(group.sites, seed, samples=4 * max(K, N)) if with_data else None
         if method.needs_data and statistics is None:
             continue
-        found = list(method.candidates(group, weights, statistics, CandidateOptions(ranks=(1, 2, min(K, N)))))
+        found = list(
+            method.candidates(group, weights, statistics, CandidateOptions((1, 2, min(K, N)), storages=CODES))
+        )
         for candidate in found[:: len(found) // _MOST + 1]:
             yield model, group, weights, statistics, candidate
 
@@ -261,7 +265,8 @@ def test_deterministic(tmp_path: Path, name: str) -> None:
         arrays = []
         for kind in KINDS:
             for _, group, weights, statistics, candidate in cases(method, cache, kind, 9, 7, 3, True):
-                arrays += list(method.factorize(group, weights, statistics, candidate, 0).values())
+                given = method.factorize(group, weights, statistics, candidate, 0).values()
+                arrays += [f if isinstance(f, np.ndarray) else f.values for f in given]
         made.append(arrays)
     assert made[0]
     assert all(np.array_equal(a, b) for a, b in zip(*made, strict=True))

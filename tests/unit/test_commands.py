@@ -306,6 +306,65 @@ def test_a_factor_that_was_changed_everywhere(home: Path, forged: Callable[..., 
         lrcompile.verify(out, original=home / "model.onnx", options=limit, child=child)
 
 
+# --- verify, where weights are stored as codes ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=("uint3", "float16"))
+def coded_home(
+    home: Path, tmp_path_factory: pytest.TempPathFactory, child: Child, request: pytest.FixtureRequest
+) -> Path:
+    """The same model with its table and both weights in a storage type."""
+    folder = tmp_path_factory.mktemp(request.param)
+    types, bits = (("uint3", "int8"), 7.0) if request.param == "uint3" else (("float16",), 16.0)
+    asked = Options(
+        data=home / "data.npz", methods=("dense",), storage=types, include="", cache=home / "cache",
+        budget=Budget(bits=bits),
+    )  # fmt: skip
+    result = lrcompile.compile(home / "model.onnx", folder / "out", asked, child=child)
+    assert len(result.plan.rewritten) == 3
+    return folder
+
+
+def changed(suffix: str) -> Callable[[onnx.GraphProto], None]:
+    """One number of the first constant of ours of that name: a code, a scale, a zero point."""
+
+    def change(graph: onnx.GraphProto) -> None:
+        held = next(t for t in graph.initializer if t.name.endswith(suffix))
+        data = bytearray(held.raw_data)
+        data[-1] ^= 0x41
+        held.raw_data = bytes(data)
+
+    return change
+
+
+def forged_from(folder: Path, home: Path, **changes: Callable[[Path], None]) -> Path:
+    out = folder / f"forged-{len(list(folder.iterdir()))}"
+    shutil.copytree(home / "out", out)
+    document = json.loads((out / MANIFEST).read_text())
+    for name, change in changes.items():
+        path = out / {"model": "model.onnx", "outputs": "outputs.json"}[name]
+        change(path)
+        document["files"][path.name] = {
+            "bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        }  # fmt: skip
+    (out / MANIFEST).write_text(json.dumps(document))
+    return out
+
+
+def test_codes_are_asked_again(home: Path, coded_home: Path, tmp_path: Path, child: Child) -> None:
+    """The first question is asked of codes too: a node that was dropped everywhere is noticed, and one code or scale."""
+    held = lrcompile.verify(coded_home / "out", original=home / "model.onnx", child=child)
+    assert any("3 sets of factors" in check for check in held.checks)
+    out = forged_from(tmp_path, coded_home, model=edited(drop_relu), outputs=recomputed)
+    with pytest.raises(VerificationError, match="does not compute what its factors say"):
+        lrcompile.verify(out, original=home / "model.onnx", child=child)
+    parts = ("dense/w",) if "float16" in coded_home.name else ("dense/w", "dense/w.scale", "dense/w.zero")
+    for suffix in parts:
+        out = forged_from(tmp_path, coded_home, model=edited(changed(suffix)))
+        with pytest.raises(VerificationError, match=r"does not compute what outputs\.json holds"):
+            lrcompile.verify(out, original=home / "model.onnx", child=child)
+
+
 # --- bench --------------------------------------------------------------------------------------------------------
 
 

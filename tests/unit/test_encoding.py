@@ -11,11 +11,14 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lrcompile.encoding import OPSET, decode, decode_rows, parts_of
 from lrcompile.graph import Builder
 from lrcompile.interfaces import Array
 from lrcompile.quantize import Coded, searched, storage
+from lrcompile.unpacking import coded_of
 
 LINEAR = (
     "int8", "int8-32", "int4", "int4-64", "int4-128s32", "uint4", "uint4-32s16", "uint4-16", "int3", "uint3", "uint3-64", "int2",
@@ -48,6 +51,47 @@ def model_of(coded: Coded, *, lookup: bool, dtype: ir.DataType = ir.DataType.FLO
     y.type, y.shape = ir.TensorType(dtype), ir.Shape([None] * (3 if lookup else 2))
     graph = ir.Graph([x], [y], nodes=op.nodes, initializers=held, opset_imports={"": OPSET}, name="g")
     return ir.Model(graph, ir_version=10)
+
+
+def tensors_of(coded: Coded, *, by_row: bool) -> dict[str, ir.Tensor]:
+    parts = parts_of(coded, by_row=by_row)
+    return {
+        n: ir.Tensor(np.ascontiguousarray(p.array).reshape(p.array.shape), dtype=p.dtype)
+        for n, p in parts.items()
+    }
+
+
+@pytest.mark.parametrize("name", LINEAR)
+@given(K=st.integers(1, 70), N=st.integers(1, 6), seed=st.integers(0, 9))
+@settings(max_examples=6, deadline=None)
+def test_codes_are_read_back(name: str, K: int, N: int, seed: int) -> None:
+    coded = searched(weight(K, N, seed), storage(name))
+    found = coded_of(tensors_of(coded, by_row=False), coded.storage, (K, N))
+    assert found is not None
+    np.testing.assert_array_equal(found.codes, coded.codes)
+    np.testing.assert_array_equal(found.values, coded.values)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_codes_of_tables_are_read_back(name: str) -> None:
+    coded = searched(weight(64, 20), storage(name))
+    found = coded_of(tensors_of(coded, by_row=True), coded.storage, (64, 20), by_row=True)
+    assert found is not None
+    np.testing.assert_array_equal(found.values, coded.values)
+
+
+@pytest.mark.parametrize("name", ("int8", "int4", "uint4", "uint3", "int2", "sign"))
+def test_every_constant_counts_in_what_is_read_back(name: str) -> None:
+    """Negative control: a code, a scale, a zero point that is another one, and constants of another form."""
+    coded = searched(weight(64, 8), storage(name))
+    held = tensors_of(coded, by_row=False)
+    for part, tensor in held.items():
+        array = tensor.numpy().copy()
+        array.reshape(-1).view(np.uint8)[-1] ^= 1
+        found = coded_of({**held, part: ir.Tensor(array, dtype=tensor.dtype)}, coded.storage, (64, 8))
+        assert found is not None and not np.array_equal(found.values, coded.values), part
+        assert coded_of({n: t for n, t in held.items() if n != part}, coded.storage, (64, 8)) is None
+    assert coded_of(held, storage("int4-16"), (64, 8)) is None
 
 
 def session_of(model: ir.Model, optimized: Path | None = None) -> onnxruntime.InferenceSession:
