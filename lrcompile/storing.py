@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lrcompile.coding import FLOATS, rounded
+from lrcompile.encoding import size_of
 from lrcompile.errors import UsageError
 from lrcompile.interfaces import Array, CandidateOptions, Factorization, StatisticsSource, Weights
 from lrcompile.loss import group_loss
@@ -117,10 +118,10 @@ def stored(
     statistics: StatisticsSource | None,
 ) -> Candidate:
     """The form in a storage type: its bytes, and its error, measured for a weight left dense, estimated for factors."""
-    bits = 0
+    bits, by_row = 0, group.sites[0].kind == "lookup"
     for shape in method.shapes(group, candidate).values():
         size = shape if isinstance(shape, tuple) else shape.shape
-        bits += _bits(size[::-1] if group.sites[0].kind == "lookup" else size, name)
+        bits += _bits(size[::-1] if by_row else size, name, by_row)
     cost = Cost(candidate.cost.parameters, math.ceil(bits / 8) + candidate.index_bytes, candidate.cost.flops)
     form = replace(
         candidate,
@@ -144,11 +145,11 @@ def _width(name: str) -> int:
     return ir.DataType[name.upper()].bitwidth if name in FLOATS else storage(name).bits
 
 
-def _bits(size: tuple[int, ...], name: str) -> int:
+def _bits(size: tuple[int, ...], name: str, by_row: bool) -> int:
     """What an array takes: all but matrices stay in float32 where numbers are coded."""
     if name in FLOATS:
         return _width(name) * math.prod(size)
-    return storage(name).size(*size) if len(size) == 2 else 32 * math.prod(size)
+    return size_of(storage(name), *size, by_row=by_row) if len(size) == 2 else 32 * math.prod(size)
 
 
 def _measured(
