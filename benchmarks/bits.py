@@ -1,6 +1,6 @@
 """Few bits on MiniLM: quantizers at equal total bits, and the whole model beside stock ones, on text that nobody calibrated on.
 
-    python benchmarks/bits.py [--recipes a,b] [--rows N] [--seconds S] [--data DIR] [--cache DIR] [-o docs/bits.md]
+    python benchmarks/bits.py [--recipes a,b] [--rows N] [--held-out N] [--seconds S] [--data DIR] [--cache DIR] [-o docs/bits.md]
 
 First every linear weight of the blocks is replaced by what a recipe makes of it; tables stay as they are. Bits are all that is stored
 for those weights (codes, scales, zero points, levels, corrections), over their numbers. Errors are means over the weights: of the weight
@@ -287,6 +287,7 @@ def main() -> None:
         "--recipes", metavar="A,B", help="measure again the rows whose names hold these words, and no others"
     )
     parser.add_argument("--rows", type=int, metavar="N", help="of each data file: quicker, and worse")
+    parser.add_argument("--held-out", type=int, metavar="N", help="of each held-out file only")
     parser.add_argument("--seconds", type=float, default=10.0, help="of each race; 0: no races")
     parser.add_argument("--data", type=Path, default=ROOT / "build" / "models", metavar="DIR")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="kept between runs")
@@ -300,14 +301,17 @@ def main() -> None:
     cache = Cache(options.cache or data / "accuracy-cache")
     wanted = tuple(options.recipes.split(",")) if options.recipes else None
     with threadpool_limits(1), Child() as child, cache.scratch() as scratch:
-        lab = open_lab(MODELS["minilm"], data, child, cache, scratch, options.rows, 0, talker())
+        lab = open_lab(
+            MODELS["minilm"], data, child, cache, scratch, options.rows, 0, talker(), options.held_out
+        )
         key = (lab.source.key, lab.calibration.key, *map(key_of, lab.texts.values()))
         made = tables(lab, Kept(cache, key, wanted, lab.say), options.seconds)
-        text = page(
-            lab,
-            made,
-            "python benchmarks/bits.py -o docs/bits.md" + (f" --rows {options.rows}" if options.rows else ""),
-        )
+        given = [
+            f"--{n.replace('_', '-')} {v}"
+            for n in ("rows", "held_out")
+            if (v := getattr(options, n)) is not None
+        ]
+        text = page(lab, made, " ".join(["python benchmarks/bits.py", *given, "-o docs/bits.md"]))
         print(text)
         if options.output is not None:
             write_text(options.output, text)

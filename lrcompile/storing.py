@@ -17,8 +17,8 @@ from lrcompile.loss import group_loss
 from lrcompile.quantize import names, storage
 from lrcompile.records import Candidate, Cost, Group, Refusal
 
-# What ``--storage auto`` tries: each is the best of its size on MiniLM (docs/bits.md).
-AUTO = ("int8", "uint4", "uint3", "uint2")
+# What ``--storage auto`` tries. Of fewer bits larger groups are better: a scale costs as much as in four bits and is worth less (docs/bits.md).
+AUTO = ("int8", "uint4", "uint4-64", "uint3-128", "uint2-128")
 AUTO_TENSORRT = ("int8", "int4-32s32", "int4-64s32", "int4-128s32")
 _FACTORED = ("svd", "svd-plain", "pivoted")
 # Relative error that rounding alone adds to a factor; of forms that are tried it is measured.

@@ -99,4 +99,4 @@ def picture(ours: Rows, parts: Rows, stock: Rows, original: float) -> str:
             f"Line: the whole model compiled with --size, {len(ours)} sizes. Squares: compiled with --bits, tables as they were. Diamonds: "
             "stock quantizers of ONNX Runtime. Lower is better. Dotted: the original's size."
         )
-        return standalone(svg_of(canvas, "bits", _TITLE, words, marks))
+        return standalone(str(svg_of(canvas, "bits", _TITLE, words, marks)))
