@@ -1,44 +1,46 @@
-"""Few bits on MiniLM: quantizers at equal total bits, on text that nobody calibrated on.
+"""Few bits on MiniLM: quantizers at equal total bits, and the whole model beside stock ones, on text that nobody calibrated on.
 
-    python benchmarks/bits.py [--recipes a,b] [--rows N] [--data DIR] [--cache DIR] [-o docs/bits.md]
+    python benchmarks/bits.py [--recipes a,b] [--rows N] [--held-out N] [--seconds S] [--data DIR] [--cache DIR] [-o docs/bits.md]
 
-Every linear weight of the blocks is replaced by what a recipe makes of it, and the model runs in ONNX Runtime; tables stay as they are. Bits
-are all that is stored for those weights (codes, scales, zero points, levels, corrections), over their numbers. Errors are means over
-the weights: of the weight itself, and of what it makes of its input. Recipes that see data use the second moment of the dense
-model's inputs; `compile` is what a user gets from `--bits`: mixed types, each layer fitted to what the coded ones before it give.
+First every linear weight of the blocks is replaced by what a recipe makes of it; tables stay as they are. Bits are all that is stored
+for those weights (codes, scales, zero points, levels, corrections), over their numbers. Errors are means over the weights: of the weight
+itself, and of what it makes of its input. Recipes that see data use the second moment of the dense model's inputs. Rows that begin with -- are
+what a user gets from `lrcompile compile` with these options. Then the same of the whole model, tables included, with its size and speed.
+
+Figures are kept in the cache, so that a run that was ended goes on where it was; --recipes measures rows again whose names hold one of
+these words, and shows the others as far as they are kept.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 from accuracy import MODELS, OTHER, SAME, talker
-from accuracy_parts.lab import ROOT, TARGET, Lab, open_lab
+from accuracy_parts.lab import ROOT, Lab, Refused, key_of, open_lab
+from bits_parts import ours
+from bits_parts.page import Promise, Rows, picture, table, verdicts
+from bits_parts.row import Figures, Kept
+from bits_parts.stock import STOCK, Stock
 from threadpoolctl import threadpool_limits
 
 from lrcompile.child import Child
 from lrcompile.curves import decision_of
 from lrcompile.factors import FactorSet
 from lrcompile.interfaces import Array, CandidateOptions, StatisticsSource
-from lrcompile.plan import choose, group_by_name, prepare
 from lrcompile.publish import save_lowered
 from lrcompile.quantize import correction, fed_back, loss, orthogonal, plain, searched, storage, sweep
 from lrcompile.quantize import kashin as k
-from lrcompile.records import Budget, Group, Plan
-from lrcompile.refit import refit
-from lrcompile.registry import methods_of, runtime_of
+from lrcompile.records import Group
+from lrcompile.registry import methods_of
 from lrcompile.rewrite import reconstructed
-from lrcompile.sensitivity import predicted
-from lrcompile.store import Cache, write_text
-from lrcompile.storing import types_of
+from lrcompile.store import Cache, new_folder, remove_folder, write_text
 
 # What a recipe makes of W (K, N) whose input has the moment C: the matrix, and the bits that it takes.
 Recipe = Callable[[Array, Array], tuple[Array, float]]
@@ -126,7 +128,33 @@ ROWS = (
     by_feedback("uint3"), by_plain("int2-32s16"), by_plain("uint2"), by_feedback("uint2"), by_feedback("ternary"), by_feedback("sign"),
     by_plain("int8"), by_feedback("int8"),
 )  # fmt: skip
-BUDGETS = {8.5: (), 4.5: ((SAME, 0.990), (OTHER, 0.985)), 3.25: ((SAME, 0.93), (OTHER, 0.90)), 2.4: ()}
+LINEAR = (
+    "--bits 8.5 --methods dense", "--bits 4.5 --methods dense", "--bits 4.5", "--bits 3.25 --methods dense", "--bits 2.25 --methods dense",
+    "--bits 4.38 --methods dense --storage uint4", "--bits 4.38 --methods dense", "--bits 2.32 --methods dense --storage uint2",
+    "--bits 2.32 --methods dense",
+)  # fmt: skip
+WHOLE = tuple(
+    f"--size {size}MB --storage auto --methods dense --include ."
+    for size in (30, 22.3, 18, 14, 12, 10, 8, 6.5)
+)
+TEXTS, TWO = (SAME, OTHER), "--bits 2.25 --methods dense"
+DRAWN = ("--bits 4.5 --methods dense", "--bits 3.25 --methods dense", TWO)
+PROMISES = (
+    Promise("--bits 4.5 --methods dense", 0.985, 0.990),
+    Promise("--bits 3.25 --methods dense", 0.90, 0.93, goals=(0.995, 0.98)),
+    Promise(WHOLE[1], 0.996, size=22.8e6),
+    Promise(WHOLE[3], 0.985, size=14.5e6),
+)
+EXPLAINED = (
+    "Bits are all that is stored for those weights, over their numbers; errors are means over the weights, relative: of the weight, and of its product "
+    "with its input. *feedback* sees the second moment of the inputs and lets biases absorb means; *clipped* searches the scales. Rows that begin "
+    "with `--` are files that `lrcompile compile` published with these options: types mixed over the layers by what each moves the outputs by, and "
+    "each layer fitted to what the coded ones before it give. `--storage` with one type is the same without mixing."
+)
+ABOUT_WHOLE = (
+    "MB are the bytes of `model.onnx`; the original has {size:.1f}. Times are the original's over the file's, interleaved, 2 threads, ONNX Runtime on "
+    "the CPU. Stock quantizers are those of `onnxruntime.quantization`, each at its defaults but for what its row says. In the picture lower is better."
+)
 
 
 def replaced(lab: Lab, row: Row, statistics: StatisticsSource) -> tuple[ir.Model, float, float, float]:
@@ -172,94 +200,126 @@ def linear_groups(lab: Lab) -> list[Group]:
     return [g for g in lab.finding.units if g.kind == "alone" and g.sites[0].kind == "linear"]
 
 
-def compiled(lab: Lab, bits: float, statistics: StatisticsSource) -> tuple[Path, Plan]:
-    """What ``--methods dense --bits B`` gives."""
-    methods = methods_of(("dense",))
-    runtime = runtime_of(TARGET)
-    problem = prepare(
-        lab.finding, lab.weights, statistics, tuple(methods.values()), Budget(bits=bits), target=TARGET,
-        supports=lambda d: runtime.supports(d, TARGET), storages=types_of(("auto",), TARGET),
-    )  # fmt: skip
-    problem = predicted(
-        problem, lab.source, lab.weights, statistics, methods, lab.calibration, child=lab.child, target=TARGET, scratch=lab.scratch,
-        seed=lab.seed,
-    )  # fmt: skip
-    plan = choose(problem)
-    sets = refit(
-        lab.source, plan, group_by_name(lab.finding), lab.weights, statistics, methods, lab.calibration, child=lab.child, target=TARGET,
-        scratch=lab.scratch, seed=lab.seed,
-    )  # fmt: skip
-    return save_lowered(lab.lowered(sets), lab.source, lab.scratch / f"bits-{bits}"), plan
-
-
-def table(lab: Lab, names: str | None) -> Iterator[str]:
-    yield f"| recipe | bits | weight error | product error | {SAME} | {OTHER} |\n|---|---|---|---|---|---|"
+def measured(lab: Lab, row: Row) -> Figures:
     statistics = lab.statistics("plain")
-    assert statistics is not None and hasattr(statistics, "of")
-    for row in ROWS:
-        if names is not None and not any(n in row.name for n in names.split(",")):
-            continue
-        model, bits, weight, product = replaced(lab, row, statistics)
-        scores = lab.scores(
-            save_lowered(model, lab.source, lab.scratch / f"recipe-{row.name.replace(' ', '-')}")
-        )
-        lab.say(f"{row.name}: {bits:.3f} bits, {scores}")
-        yield f"| {row.name} | {bits:.2f} | {weight:.4f} | {product:.4f} | {scores[SAME]:.4f} | {scores[OTHER]:.4f} |"
-    for budget, promises in BUDGETS.items():
-        if names is not None and "compile" not in names:
-            continue
-        path, plan = compiled(lab, budget, statistics)
-        scores = lab.scores(path)
-        size = (
-            8 * sum(d.bytes_after for d in plan.rewritten) / sum(d.parameters_before for d in plan.rewritten)
-        )
-        held = "; ".join(
-            f"{scores[t]:.4f} {'>=' if scores[t] >= least else 'MISSES'} {least} ({t})"
-            for t, least in promises
-        )
-        lab.say(f"compile --bits {budget}: {size:.3f} bits, {scores} {held}")
-        yield f"| **compile --bits {budget:g}** {held} | {size:.2f} | | | {scores[SAME]:.4f} | {scores[OTHER]:.4f} |"
+    assert statistics is not None
+    assert not isinstance(statistics, Refused)
+    model, bits, weight, product = replaced(lab, row, statistics)
+    path = save_lowered(model, lab.source, lab.scratch / "recipe")
+    scores = lab.scores(path)
+    remove_folder(path.parent)
+    return Figures(bits, scores[SAME], scores[OTHER], weight, product)
 
 
-def page(rows: Mapping[str, str], command: str, lab: Lab) -> str:
-    counts = ", ".join(
-        f"{sum(len(next(iter(f.values()))) for f in feeds)} rows ({text})"
-        for text, feeds in lab.texts.items()
-    )
+def compiled_figures(lab: Lab, words: str, seconds: float) -> Figures:
+    path, plan = ours.compiled(lab, words)
+    return ours.scored(lab, path, TEXTS, seconds, ours.bits_of(plan))
+
+
+def stock_figures(lab: Lab, make: Stock, seconds: float) -> Figures:
+    path = new_folder(lab.scratch / "stock") / "model.onnx"
+    make(lab.source.path, path, lab.calibration)
+    figures = ours.scored(lab, path, TEXTS, seconds)
+    remove_folder(path.parent)
+    return figures
+
+
+def tables(lab: Lab, kept: Kept, seconds: float) -> tuple[Rows, Rows, Rows, Rows]:
+    """Recipes, ours of the linear weights, ours of the whole model, and stock quantizers."""
+
+    def rows(made: Mapping[str, Callable[[], Figures]]) -> Rows:
+        return {n: f for n, make in made.items() if (f := kept.row(n, make)) is not None}
+
     return (
-        f"# Few bits\n\n    {command}\n\nMiniLM, float32, the 36 linear weights of its blocks; mean cosine of the sentence embedding to the original's. "
-        f"Calibrated on {len(lab.calibration)} feeds; held out: {counts}. Bits are all that is stored for those weights, over their "
-        "numbers; errors are means over the weights. *feedback* sees the second moment of the inputs and lets biases absorb means.\n\n"
-        + "\n".join(rows.values())
-        + "\n"
+        rows({r.name: partial(measured, lab, r) for r in ROWS}),
+        rows({w: partial(compiled_figures, lab, w, 0.0) for w in LINEAR}),
+        rows({w: partial(compiled_figures, lab, w, seconds) for w in WHOLE}),
+        rows({n: partial(stock_figures, lab, make, seconds) for n, make in STOCK.items()}),
     )
+
+
+def page(lab: Lab, made: tuple[Rows, Rows, Rows, Rows], command: str) -> str:
+    recipes, linear, whole, stock = made
+    counts = ", ".join(
+        f"{sum(len(next(iter(f.values()))) for f in feeds)} rows ({t})" for t, feeds in lab.texts.items()
+    )
+    errors = {"bits": "bits", "weight": "weight error", "product": "product error"}
+    speeds = {"size": "MB", "bits": "bits", "one": "x fp32, 1x128", "eight": "x fp32, 8x128"}
+    everything = {**linear, **whole}
+    return "\n\n".join(
+        [
+            f"# Few bits\n\n    {command}",
+            f"MiniLM in float32; mean cosine of the sentence embedding to the original's. Calibrated on {sum(len(f['input_ids']) for f in lab.calibration)} "
+            f"rows of Python's language reference; held out: {counts}. ",
+            "## Promises",
+            verdicts(PROMISES, everything, TEXTS),
+            *margin(recipes, linear),
+            "## The 36 linear weights of the blocks",
+            EXPLAINED,
+            table({**recipes, **linear}, errors, TEXTS),
+            "## The whole model, tables included",
+            ABOUT_WHOLE.format(size=ours.bytes_of(lab.source.path) / 1e6),
+            "![Size against error](bits.svg)",
+            table({**whole, **stock}, speeds, TEXTS),
+        ]
+    ) + "\n"  # fmt: skip
+
+
+def margin(recipes: Rows, linear: Rows) -> list[str]:
+    """What is gained over plain rounding to two bits, by how much on each text."""
+    ours_, plain_ = (
+        linear.get(TWO),
+        {n: f for n, f in recipes.items() if n.startswith(("plain int2", "plain uint2"))},
+    )
+    if ours_ is None or not plain_:
+        return []
+    name, best = max(plain_.items(), key=lambda row: row[1].other)
+    return [
+        f"`{TWO}` ({ours_.bits:.2f} bits) against the better plain rounding to two bits ({name}, {best.bits:.2f} bits): "
+        f"{ours_.same:.4f} against {best.same:.4f} ({SAME}, {ours_.same - best.same:+.4f}), {ours_.other:.4f} against {best.other:.4f} "
+        f"({OTHER}, {ours_.other - best.other:+.4f})."
+    ]  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument(
-        "--recipes", metavar="A,B", help="parts of names; compile: the compiler itself. All by default"
+        "--recipes", metavar="A,B", help="measure again the rows whose names hold these words, and no others"
     )
     parser.add_argument("--rows", type=int, metavar="N", help="of each data file: quicker, and worse")
+    parser.add_argument("--held-out", type=int, metavar="N", help="of each held-out file only")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each race; 0: no races")
     parser.add_argument("--data", type=Path, default=ROOT / "build" / "models", metavar="DIR")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="kept between runs")
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the page there")
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="FILE.md", help="write the page there, and its picture beside it"
+    )
     options = parser.parse_args()
+    logging.getLogger().setLevel(logging.WARNING)  # stock quantizers tell of every node
     data: Path = options.data.absolute()
     data.mkdir(parents=True, exist_ok=True)
     cache = Cache(options.cache or data / "accuracy-cache")
+    wanted = tuple(options.recipes.split(",")) if options.recipes else None
     with threadpool_limits(1), Child() as child, cache.scratch() as scratch:
-        lab = open_lab(MODELS["minilm"], data, child, cache, scratch, options.rows, 0, talker())
-        rows: dict[str, str] = {}
-        for line in table(lab, options.recipes):
-            print(line, flush=True)
-            rows[str(len(rows))] = line
+        lab = open_lab(
+            MODELS["minilm"], data, child, cache, scratch, options.rows, 0, talker(), options.held_out
+        )
+        key = (lab.source.key, lab.calibration.key, *map(key_of, lab.texts.values()))
+        made = tables(lab, Kept(cache, key, wanted, lab.say), options.seconds)
+        given = [
+            f"--{n.replace('_', '-')} {v}"
+            for n in ("rows", "held_out")
+            if (v := getattr(options, n)) is not None
+        ]
+        text = page(lab, made, " ".join(["python benchmarks/bits.py", *given, "-o docs/bits.md"]))
+        print(text)
         if options.output is not None:
-            given = "".join(
-                f" --{n} {v}" for n in ("recipes", "rows") if (v := getattr(options, n)) is not None
+            write_text(options.output, text)
+            _, linear, whole, stock = made
+            drawn = picture(
+                whole, {n: f for n, f in linear.items() if n in DRAWN}, stock, ours.bytes_of(lab.source.path)
             )
-            write_text(options.output, page(rows, f"python benchmarks/bits.py{given}", lab))
-    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, {time.strftime('%H:%M')}", file=sys.stderr)
+            write_text(options.output.with_suffix(".svg"), drawn)
 
 
 if __name__ == "__main__":

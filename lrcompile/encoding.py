@@ -24,7 +24,7 @@ import onnx_ir as ir
 from lrcompile.graph import Builder
 from lrcompile.interfaces import Array
 from lrcompile.quantize import Coded, Storage
-from lrcompile.quantize.formats import float8_codes
+from lrcompile.quantize.formats import SCALES, float8_codes
 
 OPSET = 21  # of block_size and 4 bits
 
@@ -51,6 +51,20 @@ def parts_of(coded: Coded, *, by_row: bool = False) -> dict[str, Part]:
         array = zeros.T if by_row else zeros[0] if one_a_column else zeros
         made["zero"] = Part(dtype, np.ascontiguousarray(array).astype(dtype.numpy()))
     return made
+
+
+def size_of(storage: Storage, K: int, N: int, *, by_row: bool = False) -> int:
+    """Bits that the constants of a matrix (K, N) take in a file: of less than four bits a zero point takes four, and codes fill whole bytes."""
+    groups, bits = storage.groups(K) * N, storage.bits
+    planes = {3: (2, 1)}.get(bits, (bits,))
+    if bits == 8 or (bits == 4 and not by_row):
+        total = bits * K * N
+    else:
+        total = sum(8 * math.ceil(K * plane / 8) * N for plane in planes)
+    total += groups * SCALES[storage.scale] + (32 if storage.scale == "float8" else 0)
+    if storage.zero_points or bits < 4:
+        total += groups * (8 if by_row or bits == 8 else 4)
+    return total
 
 
 def _integer(storage: Storage) -> ir.DataType:

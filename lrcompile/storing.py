@@ -10,14 +10,15 @@ import numpy as np
 import onnx_ir as ir
 
 from lrcompile.coding import FLOATS, rounded
+from lrcompile.encoding import size_of
 from lrcompile.errors import UsageError
 from lrcompile.interfaces import Array, CandidateOptions, Factorization, StatisticsSource, Weights
 from lrcompile.loss import group_loss
 from lrcompile.quantize import names, storage
 from lrcompile.records import Candidate, Cost, Group, Refusal
 
-# What ``--storage auto`` tries: each is the best of its size on MiniLM (docs/bits.md).
-AUTO = ("int8", "uint4", "uint3", "uint2")
+# What ``--storage auto`` tries. Of fewer bits larger groups are better: a scale costs as much as in four bits and is worth less (docs/bits.md).
+AUTO = ("int8", "uint4", "uint4-64", "uint3-128", "uint2-128")
 AUTO_TENSORRT = ("int8", "int4-32s32", "int4-64s32", "int4-128s32")
 _FACTORED = ("svd", "svd-plain", "pivoted")
 # Relative error that rounding alone adds to a factor; of forms that are tried it is measured.
@@ -117,10 +118,10 @@ def stored(
     statistics: StatisticsSource | None,
 ) -> Candidate:
     """The form in a storage type: its bytes, and its error, measured for a weight left dense, estimated for factors."""
-    bits = 0
+    bits, by_row = 0, group.sites[0].kind == "lookup"
     for shape in method.shapes(group, candidate).values():
         size = shape if isinstance(shape, tuple) else shape.shape
-        bits += _bits(size[::-1] if group.sites[0].kind == "lookup" else size, name)
+        bits += _bits(size[::-1] if by_row else size, name, by_row)
     cost = Cost(candidate.cost.parameters, math.ceil(bits / 8) + candidate.index_bytes, candidate.cost.flops)
     form = replace(
         candidate,
@@ -144,11 +145,11 @@ def _width(name: str) -> int:
     return ir.DataType[name.upper()].bitwidth if name in FLOATS else storage(name).bits
 
 
-def _bits(size: tuple[int, ...], name: str) -> int:
+def _bits(size: tuple[int, ...], name: str, by_row: bool) -> int:
     """What an array takes: all but matrices stay in float32 where numbers are coded."""
     if name in FLOATS:
         return _width(name) * math.prod(size)
-    return storage(name).size(*size) if len(size) == 2 else 32 * math.prod(size)
+    return size_of(storage(name), *size, by_row=by_row) if len(size) == 2 else 32 * math.prod(size)
 
 
 def _measured(

@@ -270,8 +270,11 @@ def open_lab(
     limit: int | None,
     seed: int,
     say: Callable[[str], None],
+    held_out: int | None = None,
 ) -> Lab:
-    """The model's folder under `data`, made by its recipe when it is not there. limit: rows or feeds of each data file."""
+    """The model's folder under `data`, made by its recipe when it is not there. limit: rows or feeds of each data file; held_out: of those
+    that are scored, if not the same.
+    """
     folder = data / model.name
     if not (folder / "model.onnx").is_file() or not all((folder / t).exists() for t in model.texts.values()):
         say(f"{ROOT / model.recipe} -o {folder}")
@@ -281,7 +284,7 @@ def open_lab(
     given = folder / model.data if limit is None else few(folder / model.data, limit)
     texts = {}
     for text, name in model.texts.items():
-        feeds = few(folder / name, limit)
+        feeds = few(folder / name, held_out or limit)
         texts[text] = by_length(feeds) if model.cosine else list(open_feeds(feeds, inputs))
     return Lab(
         model, source, lrcompile.find(source.model), ModelWeights(cache, source.opset), open_feeds(given, inputs), texts, child,

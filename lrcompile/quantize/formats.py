@@ -28,7 +28,7 @@ NF4 = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 # Bits and mantissa of what a scale may be stored in. float8: of one float32 for the whole matrix.
-_SCALES = {"float32": 32, "float16": 16, "float8": 8}
+SCALES = {"float32": 32, "float16": 16, "float8": 8}
 SMALLEST = 1e-30  # a scale of nothing but zeros
 
 
@@ -79,7 +79,7 @@ class Storage:
     def size(self, K: int, N: int) -> int:
         """Bits that a matrix (K, N) takes: codes, scales, zero points and levels."""
         scales = 1 if self.whole else self.groups(K) * N
-        total = K * N * self.bits + scales * _SCALES[self.scale]
+        total = K * N * self.bits + scales * SCALES[self.scale]
         if self.scale == "float8":
             total += 32
         if self.zero_points:

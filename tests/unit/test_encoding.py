@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lrcompile.encoding import OPSET, decode, decode_rows, parts_of
+from lrcompile.encoding import OPSET, decode, decode_rows, parts_of, size_of
 from lrcompile.graph import Builder
 from lrcompile.interfaces import Array
 from lrcompile.quantize import Coded, searched, storage
@@ -139,18 +139,29 @@ def test_other_computing_types(dtype: ir.DataType) -> None:
     )
 
 
-@pytest.mark.parametrize("name", [*LINEAR, *TABLES])
-def test_the_file_holds_the_bits_that_are_counted(name: str) -> None:
-    coded = searched(weight(96, 32), storage(name))
-    model = model_of(coded, lookup=False)
+@pytest.mark.parametrize(
+    ("name", "lookup"), [*((n, False) for n in (*LINEAR, *TABLES)), *((n, True) for n in TABLES)]
+)
+@pytest.mark.parametrize("shape", ((96, 32), (32, 1), (160, 3)))
+def test_the_file_holds_the_bits_that_are_counted(name: str, lookup: bool, shape: tuple[int, int]) -> None:
+    coded = searched(weight(*shape), storage(name))
+    model = model_of(coded, lookup=lookup)
     held = sum(
         v.const_value.size * v.const_value.dtype.bitwidth
         for v in model.graph.initializers.values()
         if v.const_value
     )
-    # of less than four bits zero points take four; a sign's or a ternary's is not counted, being always one
-    spare = 4 * coded.scales.size if coded.storage.bits < 4 else 0
-    assert coded.bits <= held <= coded.bits + spare
+    assert held == size_of(coded.storage, *shape, by_row=lookup)
+    # what is told of a type is the least that it could be: no bytes are filled up, and zero points are as wide as codes
+    assert coded.bits <= held
+
+
+@pytest.mark.parametrize("name", [n for n in LINEAR if not n.startswith("float8")])
+@pytest.mark.parametrize("shape", ((50, 7), (33, 1), (1, 5)))
+def test_bytes_that_are_not_full_are_counted(name: str, shape: tuple[int, int]) -> None:
+    coded = searched(weight(*shape), storage(name))
+    held = sum(part.array.size * part.dtype.bitwidth for part in parts_of(coded).values())
+    assert held == size_of(coded.storage, *shape)
 
 
 @pytest.mark.parametrize(

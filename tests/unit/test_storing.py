@@ -11,13 +11,15 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
+from lrcompile.cost import bytes_of
+from lrcompile.encoding import parts_of
 from lrcompile.errors import BudgetError, UsageError
 from lrcompile.factorize import factorize
 from lrcompile.loss import group_loss
 from lrcompile.lower import lower
 from lrcompile.opsets import raisable
 from lrcompile.plan import Whole, choose, group_by_name, prepare
-from lrcompile.records import Budget, InputStatistics, Plan, Site
+from lrcompile.records import Amount, Budget, InputStatistics, Plan, Site
 from lrcompile.registry import factorizations
 from lrcompile.rewrite import reconstructed, rewrite
 from lrcompile.sites import find
@@ -124,7 +126,9 @@ def test_what_is_emitted_is_what_the_codes_mean(tmp_path: Path, name: str, metho
             group_loss(factors.group, weights, statistics, factors.method.reconstruct(factors.group, arrays)),
             rel=1e-9,
         )
-        bits = sum(c.bits for c in factors.codes().values())
+        by_row = factors.group.sites[0].kind == "lookup"
+        held = [p for c in factors.codes().values() for p in parts_of(c, by_row=by_row).values()]
+        bits = sum(p.array.size * p.dtype.bitwidth for p in held)
         assert factors.decision.bytes_after == -(-bits // 8)
     lowered = lower(rewrite(made, sets), ())
     assert not lowered.functions
@@ -156,6 +160,26 @@ def test_a_budget_of_bits_is_kept(tmp_path: Path, bits: float) -> None:
     eligible = [d for d in plan.decisions if d.group in ("up", "down")]
     stored = 8 * sum(d.bytes_after for d in eligible) / sum(d.parameters_before for d in eligible)
     assert 0.6 * bits < stored <= bits
+
+
+@pytest.mark.parametrize("share", (0.3, 0.2))
+def test_a_size_counts_tables_and_all_that_decodes_them(tmp_path: Path, share: float) -> None:
+    """The constants of the graph are what the plan says, but for shapes, shifts and masks of a few bytes; the budget holds for both."""
+    made = two_layers()
+    whole = Whole(bytes_of(made), {})
+    size = Amount(share, relative=True)
+    finding, weights = find(made), ModelWeights(Cache(tmp_path), 18)
+    statistics = statistics_of(finding.sites)
+    problem = prepare(
+        finding, weights, statistics, (METHODS["dense"],), Budget(size=size), target="ort-cpu", storages=AUTO, include="", whole=whole
+    )  # fmt: skip
+    plan = choose(problem)
+    counted = whole.bytes - sum(d.bytes_before - d.bytes_after for d in plan.rewritten)
+    assert {d.group for d in plan.rewritten} == {"table", "up", "down"}
+    assert counted <= size.of(whole.bytes)
+    sets = factorize(plan, group_by_name(finding), weights, statistics, METHODS, 0)
+    held = bytes_of(lower(rewrite(made, sets), ()))
+    assert 0 <= held - counted <= 128 * len(plan.rewritten)
 
 
 def test_too_few_bits_are_an_error(tmp_path: Path) -> None:

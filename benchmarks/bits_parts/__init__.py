@@ -1,0 +1,1 @@
+"""Parts of `bits.py`: what a row is, the compiler and stock quantizers as rows, and the page with its picture."""
