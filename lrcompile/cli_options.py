@@ -107,7 +107,7 @@ def choosing(
         Option(
             metavar="A,B",
             help="Types that factors and weights may be stored in: auto, or int8, int4, uint4, uint3, uint2 and others, groups and "
-            "scales in the name as in int4-64s16. [default: the weight's own; auto with --bits]",
+            "scales in the name as in int4-64s16. Fewer than 4 bits take 4 in ONNX Runtime's memory. [default: the weight's own; auto with --bits]",
         ),
     ] = None,
     include: Annotated[

@@ -19,7 +19,7 @@ from lrcompile.records import Candidate, Cost, Group, Refusal
 
 # What ``--storage auto`` tries. Of fewer bits larger groups are better: a scale costs as much as in four bits and is worth less (docs/bits.md).
 AUTO = ("int8", "uint4", "uint4-64", "uint3-128", "uint2-128")
-AUTO_TENSORRT = ("int8", "int4-32s32", "int4-64s32", "int4-128s32")
+AUTO_TENSORRT = ("int8", "int4-32s32+", "int4-64s32+", "int4-128s32+")
 _FACTORED = ("svd", "svd-plain", "pivoted")
 # Relative error that rounding alone adds to a factor; of forms that are tried it is measured.
 _NOISE = {64: 1e-12, 32: 1e-6, 16: 4e-3, 8: 0.008, 4: 0.075, 3: 0.16, 2: 0.35, 1: 0.6}
@@ -29,10 +29,11 @@ _NOISE = {64: 1e-12, 32: 1e-6, 16: 4e-3, 8: 0.008, 4: 0.075, 3: 0.16, 2: 0.35, 1
 class Legality:
     """What DequantizeLinear may hold on a runtime (facts measured; a test builds each). blocks: None: any.
 
-    planes: codes of less than four bits, unpacked by constant folding.
+    signs: scales may be negative. planes: codes of less than four bits, unpacked by constant folding.
     """
 
     zero_points: bool
+    signs: bool
     planes: bool
     tables: bool
     divides: bool
@@ -40,8 +41,9 @@ class Legality:
     groups: tuple[int, ...] | None
 
 
-_ANY = Legality(True, True, True, False, ("float8", "float16", "float32"), None)
-_TENSORRT = Legality(False, False, False, True, ("float16", "float32"), (0, 32, 64, 128))
+_ANY = Legality(True, True, True, True, False, ("float8", "float16", "float32"), None)
+# TensorRT-RTX 1.7.1 builds negative scales, but its documents ask for positive ones and other TensorRTs refuse the rest
+_TENSORRT = Legality(False, False, False, False, True, ("float16", "float32"), (0, 32, 64, 128))
 LEGAL = {"reference": _ANY, "ort": _ANY, "trt": _TENSORRT}
 
 
@@ -82,6 +84,8 @@ def legal(name: str, group: Group, target: str, *, folds: bool = False) -> Refus
         return Refusal(f"{target} takes groups of {', '.join(map(str, rules.groups[1:]))}")
     if rules.divides and kind.group and K % kind.group:
         return Refusal(f"{target} takes whole groups only, and {K} is not divisible by {kind.group}")
+    if kind.signed and not rules.signs:
+        return Refusal(f"{target} takes no negative scales: use {name}+")
     return None
 
 
@@ -94,7 +98,7 @@ def known(name: str) -> bool:
 
 
 def types_of(given: Sequence[str], target: str) -> tuple[str, ...]:
-    """The storage types that ``--storage`` names. Raises UsageError."""
+    """The storage types that ``--storage`` names, with positive scales for TensorRT. Raises UsageError."""
     found: list[str] = []
     for name in given:
         if name == "auto":
@@ -105,7 +109,8 @@ def types_of(given: Sequence[str], target: str) -> tuple[str, ...]:
                 f"--storage {name}: no such type; there are auto, {', '.join((*FLOATS, *names()))}, and with groups and scales of their "
                 "own such as int4-64 or uint4-32s16"
             )
-        found.append(name)
+        signed = name not in FLOATS and storage(name).signed
+        found.append(f"{name}+" if signed and target.startswith("trt") else name)
     return tuple(dict.fromkeys(found))
 
 

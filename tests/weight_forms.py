@@ -50,7 +50,11 @@ def graph(
 
 
 def integers(dtype: Any, *shape: int) -> Array:
-    """Seeded integers over the type's whole range."""
+    """Seeded integers over the type's whole range; of a float8 all its finite values."""
+    if dtype == ml_dtypes.float8_e4m3fn:
+        finite = np.arange(256, dtype=np.uint8).view(dtype)
+        finite = finite[np.isfinite(finite.astype(np.float32))]
+        return finite[np.random.default_rng(shape).integers(0, len(finite), shape)]
     low, high = (-2, 2) if dtype == ml_dtypes.int2 else _RANGES[np.dtype(dtype).name]
     return np.random.default_rng(shape).integers(low, high, shape).astype(dtype)
 
@@ -69,18 +73,33 @@ def mixed() -> onnx.ModelProto:
 
 
 def dequantized(
-    dtype: Any, *, block: int = 0, zero: bool = False, left: bool = False, rows: int = D
+    dtype: Any,
+    *,
+    block: int = 0,
+    zero: bool = False,
+    left: bool = False,
+    rows: int = D,
+    negative: bool = False,
+    narrow: bool = False,
 ) -> onnx.ModelProto:
-    """DequantizeLinear -> MatMul. block: along axis 0; 0: a scale a column (a row on the left). zero: with a zero point."""
+    """DequantizeLinear -> MatMul. block: along axis 0; 0: a scale a column (a row on the left). zero: with a zero point.
+
+    negative: every other scale is. narrow: scales are stored in float16 and cast.
+    """
     shape = (-(-rows // block), D) if block else (rows if left else D,)
     constants = {"w": integers(dtype, rows, D), "s": np.full(shape, 0.01, np.float32)}
+    if negative:
+        constants["s"][..., ::2] *= -1
     if zero:
         constants["z"] = np.ones(shape).astype(dtype)
     extra = {"block_size": block} if block else {}
-    nodes = [
-        node(
-            "DequantizeLinear", list(constants), ["d"], axis=0 if block or left else 1, name="wide", **extra
-        ),
+    inputs = list(constants)
+    nodes = []
+    if narrow:
+        constants["s"], inputs[1] = constants["s"].astype(np.float16), "t"
+        nodes = [node("Cast", ["s"], ["t"], to=F32, name="scales")]
+    nodes += [
+        node("DequantizeLinear", inputs, ["d"], axis=0 if block or left else 1, name="wide", **extra),
         node("MatMul", ["d", "x"] if left else ["x", "d"], ["y"], name="mul"),
     ]
     opset = 25 if dtype == ml_dtypes.int2 else 21
@@ -246,6 +265,10 @@ ENCODINGS: Mapping[str, Callable[[], onnx.ModelProto]] = {
     "int4/64": lambda: dequantized(ml_dtypes.int4, block=64),
     "int4/128": lambda: dequantized(ml_dtypes.int4, block=128),
     "int4": lambda: dequantized(ml_dtypes.int4),
+    "int4/32 narrow": lambda: dequantized(ml_dtypes.int4, block=32, narrow=True),
+    "int4/32 negative": lambda: dequantized(ml_dtypes.int4, block=32, negative=True),
+    "float8": lambda: dequantized(ml_dtypes.float8_e4m3fn),
+    "float8/32": lambda: dequantized(ml_dtypes.float8_e4m3fn, block=32),
     "int8 zero": lambda: dequantized(np.int8, zero=True),
     "int4/32 zero": lambda: dequantized(ml_dtypes.int4, block=32, zero=True),
     "uint8": lambda: dequantized(np.uint8),

@@ -38,14 +38,14 @@ def rounded_by(W: Array, C: Array | None, storage: Storage, sweeps: int = 2) -> 
     return sweep(W, C, made, sweeps) if sweeps else made
 
 
-def fed_back(W: Array, C: Array, storage: Storage, *, damping: float = DAMPING, signed: bool = True) -> Coded:
-    """W (K, N) rounded with error feedback by C (K, K). signed: scales may be negative."""
+def fed_back(W: Array, C: Array, storage: Storage, *, damping: float = DAMPING) -> Coded:
+    """W (K, N) rounded with error feedback by C (K, K)."""
     H = damped(C, damping)
     order = np.argsort(-np.diagonal(H), kind="stable")
     U = _upper(H[np.ix_(order, order)])
     rows = np.empty(len(W))
     rows[order] = 1.0 / np.square(np.diagonal(U))
-    made = searched(W, storage, rows, signed=signed)
+    made = searched(W, storage, rows)
     codes, work, K = made.codes.copy(), W[order], len(W)
     for first in range(0, K, _BLOCK):
         end = min(first + _BLOCK, K)

@@ -38,7 +38,7 @@ class Storage:
 
     levels: ascending; empty: integers. fitted: the levels are fitted to the matrix (k-means) and stored beside it in float32; there is
     no scale then. together: how many matrices of one shape share the codes, each with its own levels. whole: one scale for the whole
-    matrix. scale: the type of scales.
+    matrix. scale: the type of scales. positive: none of them is negative.
     """
 
     name: str
@@ -50,11 +50,17 @@ class Storage:
     together: int = 1
     whole: bool = False
     scale: str = "float32"
+    positive: bool = False
 
     @property
     def integers(self) -> bool:
         """Whether codes are integers that a scale multiplies, and not places in a table."""
         return not self.levels and not self.fitted
+
+    @property
+    def signed(self) -> bool:
+        """Whether scales may be negative: few signed integers reach one level further below zero, and either end may need it."""
+        return self.integers and not self.zero_points and not self.positive and self.bits < 8
 
     @property
     def low(self) -> int:
@@ -158,16 +164,21 @@ def _known() -> dict[str, Storage]:
 
 
 def storage(name: str) -> Storage:
-    """The type that a name means: ``int4``, ``int4-64`` (groups of 64), ``int4-16s8`` (scales of 8 bits). Raises KeyError."""
-    found = re.fullmatch(r"([a-z]+\d*)(?:-(\d+))?(?:s(8|16|32))?", name)
+    """The type that a name means. Raises KeyError.
+
+    ``int4``, ``int4-64`` (groups of 64), ``int4-16s8`` (scales of 8 bits), ``int4-32s32+`` (no negative scales).
+    """
+    found = re.fullmatch(r"([a-z]+\d*)(?:-(\d+))?(?:s(8|16|32))?(\+?)", name)
     if found is None:
         raise KeyError(name)
     made = _TOGETHER.get(found[1]) or _known()[found[1]]
+    if found[4] and not made.signed:
+        raise KeyError(name)
     if found[2] is not None:
         made = replace(made, group=int(found[2]))
     if found[3] is not None:
         made = replace(made, scale=f"float{found[3]}")
-    return replace(made, name=name)
+    return replace(made, name=name, positive=bool(found[4]))
 
 
 def names() -> tuple[str, ...]:

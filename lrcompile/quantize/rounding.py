@@ -80,19 +80,17 @@ def plain(W: Array, storage: Storage) -> Coded:
     return encode(W, storage, round_scales(scales, storage.scale, factor), zeros, factor)
 
 
-def searched(W: Array, storage: Storage, rows: Array | None = None, *, signed: bool = True) -> Coded:
-    """The scales that lose least. rows: (K,), how much each row counts. signed: scales may be negative (integers have one level more below)."""
+def searched(W: Array, storage: Storage, rows: Array | None = None) -> Coded:
+    """The scales that lose least. rows: (K,), how much each row counts."""
     if storage.fitted:
         from lrcompile.quantize.codebook import kmeans_coded
 
         return kmeans_coded(W, storage, rows)
-    scales, zeros, factor = _best_scales(W, storage, rows, signed)
+    scales, zeros, factor = _best_scales(W, storage, rows)
     return encode(W, storage, scales, zeros, factor)
 
 
-def _best_scales(
-    W: Array, storage: Storage, rows: Array | None, signed: bool
-) -> tuple[Array, Array | None, float]:
+def _best_scales(W: Array, storage: Storage, rows: Array | None) -> tuple[Array, Array | None, float]:
     """Scales and zero points (groups, N) of `searched`, and the factor."""
     blocks = _grouped(W, storage)
     v = np.ones(len(W)) if rows is None else rows / max(float(rows.mean()), SMALLEST)
@@ -103,7 +101,7 @@ def _best_scales(
     factor = factor_of(scales0, storage.scale)
     best = np.full(scales0.shape, np.inf)
     scales, zeros = scales0.copy(), None if zeros0 is None else zeros0.copy()
-    signs = _SIGNS if signed and storage.integers and not storage.zero_points else (1.0,)
+    signs = _SIGNS if storage.signed else (1.0,)
     for shrink in _SHRINKS if storage.bits < 8 else _SHRINKS[:1]:
         for sign in signs:
             trial = round_scales(scales0 * (sign * shrink), storage.scale, factor)

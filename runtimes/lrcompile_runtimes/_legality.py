@@ -28,20 +28,24 @@ class Verdict:
 _SMALL, _WIDE = Verdict(small=True), Verdict()
 _FOLDED = Verdict(note="folded back to a dense float32 weight when the model is loaded")
 _NO_ZERO = Verdict("only symmetric quantization: a zero point must be zero")
+_NO_SIGN = Verdict("scales must be positive")
 _NO_PLUGIN = Verdict("the operator is a plugin that the parser does not find")
 _LOOSE = Verdict("a quantized constant may only be read by a DequantizeLinear")
 _NO_OPERATOR = Verdict("the parser has no such operator")
 _MIXED = Verdict("both operands of a MatMul must be of one type: a Cast is missing")
 _UNPACKS = Verdict(small=True, note="the whole weight is dequantized in every run")
+_FROM_ADA = Verdict(small=True, note="for compute capability 8.9 and later")
 
 
 def _no_type(name: str) -> Verdict:
     return Verdict(f"the parser takes no {name}")
 
 
-def _row(cpu: Verdict, rtx: Verdict, *, cuda: Verdict | None = None) -> Mapping[str, Verdict]:
-    """cuda: ONNX Runtime's provider where it differs from the CPU's. All TensorRTs share their parser."""
-    return dict(zip(TARGETS, (cpu, cuda or cpu, rtx, rtx, rtx), strict=True))
+def _row(
+    cpu: Verdict, rtx: Verdict, *, cuda: Verdict | None = None, full: Verdict | None = None
+) -> Mapping[str, Verdict]:
+    """cuda: ONNX Runtime's provider where it differs from the CPU's. All TensorRTs share their parser; full: the others where they differ."""
+    return dict(zip(TARGETS, (cpu, cuda or cpu, full or rtx, full or rtx, rtx), strict=True))
 
 
 ENCODINGS: Mapping[str, Mapping[str, Verdict]] = {
@@ -60,6 +64,12 @@ ENCODINGS: Mapping[str, Mapping[str, Verdict]] = {
     "int4/32 ragged": _row(
         _SMALL, Verdict(small=True, note="built, but never run: rows are no multiple of 32")
     ),
+    "int4/32 narrow": _row(_SMALL, Verdict(small=True, note="scales are widened to float32")),
+    "int4/32 negative": _row(
+        _SMALL, Verdict(small=True, note="built, against its documents, and never run"), full=_NO_SIGN
+    ),
+    "float8": _row(_UNPACKS, _FROM_ADA),
+    "float8/32": _row(_UNPACKS, _FROM_ADA),
     "int8 zero": _row(_SMALL, _NO_ZERO),
     "int4/32 zero": _row(_SMALL, _NO_ZERO),
     "uint8": _row(_SMALL, _no_type("uint8")),

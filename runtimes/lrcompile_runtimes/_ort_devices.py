@@ -171,6 +171,8 @@ def open_session(
             "its libraries or the GPU are missing"
         )
     session.disable_fallback()
+    if target.device == "CPU":
+        _trim()
     return session
 
 
@@ -242,6 +244,12 @@ def _give_back() -> None:
     """
     with contextlib.suppress(AttributeError, OSError):  # another C library
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+
+
+def _trim() -> None:
+    """Give back what loading has freed: packing and unpacking weights needs them twice, and glibc would keep that."""
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _weight_bytes(model: Path) -> int:

@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnx import numpy_helper
 
 from lrcompile.encoding import OPSET, decode, decode_rows, parts_of, size_of
 from lrcompile.graph import Builder
@@ -23,6 +24,11 @@ from lrcompile.unpacking import coded_of
 LINEAR = (
     "int8", "int8-32", "int4", "int4-64", "int4-128s32", "uint4", "uint4-32s16", "uint4-16", "int3", "uint3", "uint3-64", "int2",
     "uint2", "uint2-16", "ternary", "sign", "float8",
+)  # fmt: skip
+# all that `--storage` takes there, and groups of their own
+ON_CPU = (
+    "int8", "int4", "int4-64", "int4-128s32", "int4-32s32+", "uint4", "uint4-16s16", "int3", "uint3", "uint3-64", "int2", "uint2",
+    "quarters", "sign", "ternary",
 )  # fmt: skip
 TABLES = ("int8", "int4s16", "uint4-32s16", "int4-16s32")
 
@@ -164,19 +170,42 @@ def test_bytes_that_are_not_full_are_counted(name: str, shape: tuple[int, int]) 
     assert held == size_of(coded.storage, *shape)
 
 
-@pytest.mark.parametrize(
-    "name", ("int8", "int4", "int4-64", "int4-128s32", "uint4", "uint3", "uint2", "sign", "ternary")
-)
+@pytest.mark.parametrize("name", ON_CPU)
 def test_onnx_runtime_keeps_codes(name: str, tmp_path: Path) -> None:
-    """The graph that runs multiplies by codes, at most 8 bits a number, and holds no float matrix of the weight's size."""
-    coded = searched(weight(256, 128), storage(name))
+    """The graph that runs multiplies by the very codes that were stored, at most 8 bits a number: 4 where there were fewer."""
+    K, N = 256, 128
+    coded = searched(weight(K, N), storage(name))
     session_of(model_of(coded, lookup=False), tmp_path / "optimized.onnx")
     ran = onnx.load(tmp_path / "optimized.onnx")
     assert Counter(n.op_type for n in ran.graph.node) == {"MatMulNBits": 1}
-    floats = [i for i in ran.graph.initializer if i.data_type in (1, 10) and np.prod(i.dims) >= 256 * 128]
-    assert not floats
-    bits = next(a.i for a in ran.graph.node[0].attribute if a.name == "bits")
-    assert bits == (8 if coded.storage.bits == 8 else 4)
+    bits = 8 if coded.storage.bits == 8 else 4
+    np.testing.assert_allclose(multiplied(ran), coded.values, rtol=1e-6, atol=0)
+    size = sum(numpy_helper.to_array(i).nbytes for i in ran.graph.initializer)
+    scales = max(coded.scales.size, K * N // 32)  # one scale a column becomes one for 32 rows of it
+    assert size <= K * N * bits // 8 + scales * (4 + bits / 8)
+
+
+def multiplied(model: onnx.ModelProto) -> Array:
+    """(K, N): what the one MatMulNBits of a model multiplies by, from its own constants."""
+    (made,) = model.graph.node
+    held = {i.name: numpy_helper.to_array(i) for i in model.graph.initializer}
+    k, n, bits, block = (
+        next(a.i for a in made.attribute if a.name == x) for x in ("K", "N", "bits", "block_size")
+    )
+    codes = unpacked(held[made.input[1]], bits).reshape(n, -1)[:, :k]
+    scales = held[made.input[2]].reshape(n, -1)
+    zeros = np.full(scales.shape, 1 << (bits - 1))
+    if len(made.input) > 3 and made.input[3]:
+        zeros = unpacked(held[made.input[3]].reshape(n, -1), bits)[:, : scales.shape[1]]
+    spread = [np.repeat(a.astype(np.float64), block, axis=1)[:, :k] for a in (zeros, scales)]
+    return ((codes - spread[0]) * spread[1]).T
+
+
+def unpacked(array: Array, bits: int) -> Array:
+    """Along the last axis, the lower half of a byte first."""
+    if bits == 8:
+        return array
+    return np.stack([array & 15, array >> 4], axis=-1).reshape(*array.shape[:-1], -1)
 
 
 def test_a_wrong_code_is_seen() -> None:

@@ -108,7 +108,8 @@ def test_bits_are_counted_by_hand(name: str) -> None:
 def test_names_mean_types() -> None:
     made = storage("uint4-64s8")
     assert (made.bits, made.group, made.zero_points, made.scale) == (4, 64, True, "float8")
-    for wrong in ("int5", "int4-", "int4s7", "", "INT4"):
+    assert storage("int4-64s32").signed and not storage("int4-64s32+").signed
+    for wrong in ("int5", "int4-", "int4s7", "", "INT4", "int8+", "uint4+", "nf4+", "+"):
         with pytest.raises(KeyError):
             storage(wrong)
 
@@ -124,6 +125,19 @@ def test_a_search_never_loses_to_plain_scales(name: str, seed: int) -> None:
         for m in (plain(W, kind), searched(W, kind, rows))
     ]
     assert lost[1] <= lost[0] * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("name", ("int4-32s32", "int3-64", "int2s16"))
+def test_scales_are_positive_where_the_name_says_so(name: str) -> None:
+    """And negative ones, where they may be, lose less: that is what they are for."""
+    W, C = weight(96, 12, 2), moment(96, 3)
+    signed, positive = storage(name), storage(f"{name}+")
+    for round_ in (lambda kind: searched(W, kind), lambda kind: sweep(W, C, fed_back(W, C, kind), 2)):
+        assert (round_(positive).scales > 0).all()
+        assert (round_(signed).scales < 0).any()
+    lost = [np.linalg.norm(W - searched(W, kind).values) for kind in (signed, positive)]
+    assert lost[0] < lost[1]
+    assert signed.size(96, 12) == positive.size(96, 12)
 
 
 def fed_back_by_hand(W: Array, H: Array, start: Coded) -> Array:

@@ -209,13 +209,14 @@ def test_codes_are_of_the_second_moment(tmp_path: Path) -> None:
 def test_legality() -> None:
     groups = {g.name: g for g in find(two_layers()).groups}
     assert legal("uint4", groups["up"], "ort-cpu") is None
-    assert legal("int4-32s32", groups["up"], "trt-rtx") is None
+    assert legal("int4-32s32+", groups["up"], "trt-rtx") is None
     for name, target, words in (
         ("uint4-32s32", "trt", "no zero points"),
         ("uint2-32s32", "trt", "2 bits"),
         ("int4", "trt", "float8"),
         ("int4-16s32", "trt", "groups of 32, 64, 128"),
         ("int4-128s32", "trt", "not divisible"),
+        ("int4-32s32", "trt-rtx", "no negative scales: use int4-32s32+"),
         ("float8", "ort-cpu", "TensorRT"),
         ("kmeans4", "ort-cpu", "comparisons"),
     ):
@@ -227,7 +228,12 @@ def test_legality() -> None:
 
 def test_names_of_types() -> None:
     assert types_of(("auto", "int8"), "ort-cpu") == AUTO
-    assert all(n.endswith("s32") or n == "int8" for n in types_of(("auto",), "trt-rtx"))
+    assert all(n.endswith("s32+") or n == "int8" for n in types_of(("auto",), "trt-rtx"))
+    assert types_of(("int4-64s32", "int4-64s32+", "int8", "float16"), "trt") == (
+        "int4-64s32+",
+        "int8",
+        "float16",
+    )
     with pytest.raises(UsageError, match="--storage int5: no such type; there are auto, double, float"):
         types_of(("int5",), "ort-cpu")
 
