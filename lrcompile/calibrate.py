@@ -93,7 +93,7 @@ def calibrate(
     source_key: hash of model and weights. target: the runtime target that runs the original.
     """
     taps = {s.name: tap_of(s) for s in finding.sites if s.refusal is None and s.path == "" and _is_watched(s)}
-    prefix = hashlib.sha256(repr((source_key, feeds.key, target, "moments-4")).encode()).hexdigest()
+    prefix = hashlib.sha256(repr((source_key, feeds.key, target, "moments-5")).encode()).hexdigest()
     distinct = sorted(set(taps.values()), key=lambda t: t.order)
     keys = {tap: hashlib.sha256(repr((prefix, tap)).encode()).hexdigest() for tap in distinct}
     missing = [t for t in distinct if not cache.has(("moments", keys[t]))]
@@ -141,6 +141,9 @@ def accumulate(engine: Engine | None, feed: Mapping[str, Array], taps: Sequence[
             arrays["second"] += block.T @ block
             arrays["mean"] += block.sum(axis=0)
             arrays["count"] += len(block)
+            if len(block):
+                np.minimum(arrays["low"], block.min(axis=0), out=arrays["low"])
+                np.maximum(arrays["high"], block.max(axis=0), out=arrays["high"])
 
 
 def _add_windows(arrays: Mapping[str, Array], pictures: Array, window: Window) -> None:
@@ -207,6 +210,8 @@ def _arrays(folder: Path, index: int, tap: Tap) -> dict[str, Array]:
         if tap.lookup
         else {"second": (*lead, tap.size, tap.size), "mean": (*lead, tap.size)}
     )
+    if not tap.lookup and tap.window is None:
+        shapes |= {"low": (tap.size,), "high": (tap.size,)}  # of 0 and all numbers seen
     return {name: open_array(folder / f"{index}.{name}", shape) for name, shape in shapes.items()}
 
 
@@ -227,7 +232,14 @@ def _statistics(sums: Mapping[str, Array], tap: Tap) -> InputStatistics:
         second, mean = shrunk(second[0], count), mean[0]
     else:
         second = np.stack([shrunk(part, count) for part in second])
-    return InputStatistics(count, second, mean, shrinkage=shrinkage_of(count, tap.size))
+    return InputStatistics(
+        count,
+        second,
+        mean,
+        shrinkage=shrinkage_of(count, tap.size),
+        low=sums.get("low"),
+        high=sums.get("high"),
+    )
 
 
 def shrinkage_of(count: int, size: int) -> float:

@@ -110,6 +110,14 @@ def choosing(
             "scales in the name as in int4-64s16. Fewer than 4 bits take 4 in ONNX Runtime's memory. [default: the weight's own; auto with --bits]",
         ),
     ] = None,
+    activations: Annotated[
+        str | None,
+        Option(
+            metavar="A,B",
+            help="Types that inputs of weights may be rounded to before they are multiplied: auto, int8, or float8 on TensorRT. "
+            "[default: as they are]",
+        ),
+    ] = None,
     include: Annotated[
         str | None,
         Option(metavar="REGEX", help="Exactly the weights whose name matches are eligible, tables too."),

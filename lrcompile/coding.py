@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from lrcompile.activations import quantizer, restored
 from lrcompile.interfaces import Array, Factorization, Factors, StatisticsSource, Weights
 from lrcompile.quantize import Coded, Storage, rounded_by, searched, storage
 from lrcompile.records import Candidate, Group, Site
@@ -57,7 +58,8 @@ def type_of(method: Factorization, factor: str, name: str) -> Storage:
 def decoded(factors: Factors, coded: Mapping[str, Coded], group: Group) -> dict[str, Array]:
     """The factors with what their codes mean."""
     by_row = group.sites[0].kind == "lookup"
-    return {**factors, **{n: c.values.T if by_row else c.values for n, c in coded.items()}}
+    values = {n: c.values.T if by_row else c.values for n, c in coded.items()}
+    return {**factors, **{n: restored(v, factors) for n, v in values.items()}}
 
 
 def rounded(
@@ -77,18 +79,47 @@ def rounded(
         return decoded(factors, own, group), own
     if form.storage is None or form.storage in FLOATS:
         return factors, {}
-    kind = storage(form.storage)
-    coded = coded_factors(factors, kind, group, statistics, sweeps=sweeps)
+    if form.activations is not None:
+        return _under_rounded_input(method, group, weights, statistics, form, factors, sweeps)
+    coded = coded_factors(factors, storage(form.storage), group, statistics, sweeps=sweeps)
     made = decoded(factors, coded, group)
+    return _with_biases(method, group, weights, statistics, factors, made), coded
+
+
+def _under_rounded_input(
+    method: Factorization,
+    group: Group,
+    weights: Weights,
+    statistics: StatisticsSource | None,
+    form: Candidate,
+    factors: Factors,
+    sweeps: int,
+) -> tuple[Factors, Mapping[str, Coded]]:
+    known = statistics.of(group.sites[0]) if statistics is not None else None
+    rounding = quantizer(str(form.activations), known, len(factors["w"]))
+    coded = {"w": rounding.coded(factors["w"], _moment(group, statistics), sweeps)}
+    made = decoded({**factors, **rounding.factors}, coded, group)
+    return _with_biases(method, group, weights, statistics, factors, made), coded
+
+
+def _with_biases(
+    method: Factorization,
+    group: Group,
+    weights: Weights,
+    statistics: StatisticsSource | None,
+    factors: Factors,
+    made: dict[str, Array],
+) -> Factors:
+    """The changed factors, and biases that absorb the mean of what they change."""
     if not corrects(group, statistics):
-        return made, coded
+        return made
     before, after = method.reconstruct(group, factors), method.reconstruct(group, made)
     for i, site in enumerate(group.sites):
         known = statistics.of(site) if statistics is not None else None
         bias = factors.get(f"bias.{i}", weights.bias(site))
         assert known is not None and known.mean is not None and bias is not None
         made[f"bias.{i}"] = bias + known.mean @ (before[site.name, "weight"] - after[site.name, "weight"])
-    return made, coded
+    return made
 
 
 def corrects(group: Group, statistics: StatisticsSource | None) -> bool:

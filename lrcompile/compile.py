@@ -17,12 +17,13 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from lrcompile.activations import kinds_of
 from lrcompile.bench import Race
 from lrcompile.build import REFERENCE, build, places_for, set_limits
 from lrcompile.calibrate import calibrate
 from lrcompile.child import Child
 from lrcompile.encoding import OPSET
-from lrcompile.errors import BuildError, VerificationError
+from lrcompile.errors import BuildError, UsageError, VerificationError
 from lrcompile.factorize import annotate, factorize
 from lrcompile.factors import FactorSet
 from lrcompile.feeds import Feeds, calibration_and_held_out, inputs_of
@@ -65,6 +66,7 @@ from lrcompile.study import (
     fused,
     judged_file,
     load_metric,
+    lowered_file,
     nodes_in,
     typed,
     whole_of,
@@ -197,7 +199,7 @@ def job_of(known: Study) -> Job:
     if (function := load_metric(known.options.metric)) is not None:
         with build(known.child, known.places.judge, original) as engine:
             metric = function, score(function, engine, judged_on)
-    nodes = nodes_in(known, dense) if known.runtime.fusions(known.options.target) else {}
+    nodes = nodes_in(known, lowered_file(known, dense)) if known.runtime.fusions(known.options.target) else {}
     shared = {f.name: getattr(known, f.name) for f in fields(known)}
     return Job(
         **shared, original=original, dense=dense, nodes=nodes, drawn=drawn, judged_on=judged_on, metric=metric
@@ -232,7 +234,7 @@ def first_plan(problem: Problem, known: Study) -> Plan:
     """The user's plan, held against the model, or the one that the budget asks for."""
     if (given := known.options.plan) is None:
         return choose(problem)
-    return check_plan(
+    checked = check_plan(
         given,
         known.finding,
         known.methods,
@@ -241,6 +243,10 @@ def first_plan(problem: Problem, known: Study) -> Plan:
         known.options.target,
         known.options.budget.objective,
     )
+    for decision in checked.rewritten:
+        if decision.activations is not None and (no := _supports(decision, known)) is not None:
+            raise UsageError(f"the plan rounds the input of {decision.group!r}: {no.reason}")
+    return checked
 
 
 def problem_of(known: Study) -> Problem:
@@ -252,7 +258,7 @@ def problem_of(known: Study) -> Problem:
         known.finding, known.weights, known.statistics, tuple(known.methods.values()), options.budget,
         target=options.target, supports=lambda d: _supports(d, known),
         include=options.include, exclude=options.exclude, whole=whole_of(known), progress=known.progress,
-        storages=storages_of(known),
+        storages=storages_of(known), activations=activations_of(known),
     )  # fmt: skip
     if options.budget.asks_speed:
         problem, where = timed_problem(problem, known)
@@ -280,6 +286,15 @@ def storages_of(known: Study) -> tuple[str, ...]:
         logger.warning("no weight is stored in fewer bits: %s", no.reason)
         return ()
     return types
+
+
+def activations_of(known: Study) -> tuple[str, ...]:
+    """The types that inputs may be rounded to; none where the graph cannot take their operators, which is said."""
+    kinds = kinds_of(known.options.activations, known.options.target)
+    if kinds and (no := raisable(known.source.model, OPSET)) is not None:
+        logger.warning("no input is rounded: %s", no.reason)
+        return ()
+    return kinds
 
 
 def _attempt(chosen: Plan, job: Job, number: int) -> Attempt:
@@ -387,6 +402,14 @@ def prove(
     moved = saved(jittered(source.model, sets, known.weights.matrix, known.options.seed), "jittered")
     noise = noise_of(child, judge_in, plain, moved, drawn)
     known.progress("prove", 1, 2)
+    if any(
+        s.decision.activations for s in sets
+    ):  # of rounded inputs the second question judges; of all else this one
+        what, building = f"{what}, were no input rounded,", None
+        unrounded = lower(
+            rewrite(source.model, [s.unrounded for s in sets]), known.runtime.lowering(known.options.target)
+        )
+        path = saved(unrounded, "unrounded")
     oracle = saved(reconstructed(source.model, sets), "oracle")
     if wrong := check_rewrite(child, judge_in, oracle, path, noise, drawn, building):
         raise VerificationError(f"{what} does not compute what its factors say: {'; '.join(wrong)}")

@@ -122,6 +122,7 @@ class Config(BaseModel):
     target: str | None = None
     methods: Annotated[tuple[str, ...] | None, BeforeValidator(_words), Field(min_length=1)] = None
     storage: Annotated[tuple[str, ...] | None, BeforeValidator(_words), Field(min_length=1)] = None
+    activations: Annotated[tuple[str, ...] | None, BeforeValidator(_words), Field(min_length=1)] = None
     keep: Annotated[float | None, Field(gt=0, le=1)] = None
     size: Annotated[Amount | None, BeforeValidator(_size)] = None
     flops: Annotated[Amount | None, BeforeValidator(parse_amount)] = None

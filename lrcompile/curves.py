@@ -108,6 +108,7 @@ def prepare(
     exclude: str | None = None,
     whole: Whole | None = None,
     storages: Sequence[str] = (),
+    activations: Sequence[str] = (),
     progress: Progress = silent,
 ) -> Problem:
     """Curves of every group, computed once; all plans of a search choose from them."""
@@ -138,7 +139,9 @@ def prepare(
             barred = next(filter(None, reasons), None) or next(
                 (f"{s.name} has other readers" for s in group.sites if s.name not in lone), None
             )
-        return barred or _curve(group, weights, statistics, methods, budget, target, supports, storages)
+        return barred or _curve(
+            group, weights, statistics, methods, budget, target, supports, storages, activations
+        )
 
     for group, made in zip(groups, side_by_side(work, groups, lambda group: group), strict=True):
         curve = Curve(group, (), made) if isinstance(made, str) else made
@@ -188,6 +191,7 @@ def _curve(
     target: str,
     supports: Supports,
     storages: Sequence[str] = (),
+    activations: Sequence[str] = (),
 ) -> Curve:
     """All candidates of a group that are legal, or the reasons of all methods."""
     found: list[Candidate] = []
@@ -234,7 +238,8 @@ def _curve(
                     found.append(candidate)
                 elif reason not in reasons:
                     reasons.append(reason)
-    for coded in forms(group, methods, found, storages, target, weights, statistics) if not full else ():
+    coded_forms = forms(group, methods, found, storages, target, weights, statistics, activations)
+    for coded in coded_forms if not full else ():
         if isinstance(coded, Refusal):
             reasons.append(coded.reason)
         elif coded.cost.bytes < dense.bytes_before:
@@ -343,6 +348,7 @@ def decision_of(group: Group, candidate: Candidate, reason: str) -> Decision:
         structure=candidate.structure,
         movement=candidate.movement,
         permutes=candidate.permutes,
+        activations=candidate.activations,
     )
 
 

@@ -7,6 +7,7 @@ memory at a time.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
 import numpy as np
 import onnx_ir as ir
 
+from lrcompile.activations import noise_of
 from lrcompile.coding import decoded, rounded, type_of
 from lrcompile.errors import PluginError
 from lrcompile.factors import FactorSet, candidate_of
@@ -78,6 +80,7 @@ def _one(
     candidate = candidate_of(decision)
     key = (
         "factors-3", decision.method, str(decision.rank), repr(decision.structure), storage.name, str(decision.storage), str(seed),
+        *filter(None, [decision.activations]),
         *(weights.key(s) for s in group.sites), *(statistics.key(s) if statistics else "" for s in group.sites),
     )  # fmt: skip
 
@@ -89,6 +92,8 @@ def _one(
         if broken := [n for n, a in stored.items() if not np.isfinite(a.astype(np.float64)).all()]:
             raise PluginError(f"{method.name} gave NaN or Inf in factor {broken[0]!r} of {group.name}")
         error = group_loss(group, *measured_by, method.reconstruct(group, stored))
+        if decision.activations is not None:
+            error = math.hypot(error, math.sqrt(noise_of(decision.activations, group, *measured_by)[0]))
         arrays = {n: a for n, a in stored.items() if n not in coded} | _coded_arrays(coded)
         return {**{_tag(n, a): _raw(a) for n, a in arrays.items()}, "measured": np.array([error])}
 

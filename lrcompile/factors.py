@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
 
+from lrcompile.activations import SMOOTH, STEP
 from lrcompile.interfaces import Array, Factorization, Factors
 from lrcompile.quantize import Coded
 from lrcompile.records import Candidate, Cost, Decision, Group, Site
@@ -31,6 +32,22 @@ class FactorSet:
     coded: frozenset[str] = frozenset()
     codes: Callable[[], Mapping[str, Coded]] = field(repr=False, default=dict)
 
+    @property
+    def unrounded(self) -> FactorSet:
+        """The same of the same weight, whose input stays as it is: codes back in its own basis are numbers."""
+        if self.decision.activations is None:
+            return self
+        decision = replace(self.decision, activations=None, storage=None)
+        shapes = {n: s for n, s in self.shapes.items() if n not in (SMOOTH, STEP)}
+
+        def load() -> Factors:
+            return {
+                n: a if n.startswith("bias") else a.astype(self.storage.numpy())
+                for n, a in self.load().items()
+            }
+
+        return replace(self, decision=decision, shapes=shapes, load=load, coded=frozenset(), codes=dict)
+
     def type_of(self, name: str) -> ir.DataType:
         return ir.DataType.INT32 if name in self.indices else self.storage
 
@@ -41,6 +58,7 @@ def candidate_of(decision: Decision) -> Candidate:
         method=decision.method, rank=decision.rank,
         cost=Cost(decision.parameters_after, decision.bytes_after, decision.flops_after),
         error=decision.claimed_error or 0.0, bound=decision.bound, structure=decision.structure, storage=decision.storage,
+        activations=decision.activations,
     )  # fmt: skip
 
 

@@ -302,10 +302,19 @@ class Builder:
         label = f"{self._prefix}/{name or f'{op_type.lower()}_{self._count}'}"
         attrs = [_attr(k, v) for k, v in attributes.items()]
         output = ir.Value(name=f"{label}_out")  # a factor may bear the label itself
-        node = ir.Node("", op_type, list(inputs), attrs, outputs=[output], name=label)
+        self._add(ir.Node("", op_type, list(inputs), attrs, outputs=[output], name=label))
+        return output
+
+    def several(self, op_type: str, *inputs: ir.Value, outputs: int, name: str) -> tuple[ir.Value, ...]:
+        """A node of so many outputs."""
+        label = f"{self._prefix}/{name}"
+        made = tuple(ir.Value(name=f"{label}_out_{i}") for i in range(outputs))
+        self._add(ir.Node("", op_type, list(inputs), outputs=made, name=label))
+        return made
+
+    def _add(self, node: ir.Node) -> None:
         node.metadata_props.update(self._metadata)
         self.nodes.append(node)
-        return output
 
     def constant(self, array: Array, name: str = "") -> ir.Value:
         return self(

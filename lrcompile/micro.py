@@ -13,10 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from lrcompile.activations import quantizer
 from lrcompile.factors import FactorSet
 from lrcompile.graph import FLOATS
 from lrcompile.interfaces import Array, Factorization, Factors, Rewrite
 from lrcompile.lower import lower
+from lrcompile.quantize import Coded
+from lrcompile.quantize import storage as storage_type
 from lrcompile.records import Candidate, Cost, Decision, Group, Site
 from lrcompile.rewrite import rewrite
 from lrcompile.sites import find
@@ -43,7 +46,7 @@ def micro(
 ) -> ir.Model:
     """The form so many times, lowered for a target: inputs ``x.0``, .. (rows, K) or ids (rows,), and a row of each result."""
     model = _dense(form, copies, opset, seed)
-    if form.method == "dense":
+    if form.method == "dense" and form.storage is None:
         return model
     sites = {s.name: s for s in find(model).sites}
     sets = [_factors(form, _group(form, copy, sites), method, seed + copy) for copy in range(copies)]
@@ -124,8 +127,11 @@ def _group(form: Form, copy: int, sites: Mapping[str, Site]) -> Group:
 def _factors(form: Form, group: Group, method: Factorization, seed: int) -> FactorSet:
     """Factors of the promised shapes; nothing of them is true but their sizes."""
     candidate = Candidate(form.method, form.rank, Cost(0, 0, 0), 1.0, structure=form.structure)
+    number = ir.DataType[form.dtype.upper()]
+    if form.storage is not None:
+        return _coded_factors(form, group, method, number, seed)
     promised = method.shapes(group, candidate)
-    storage = ir.DataType[form.dtype.upper()]
+    storage = number
     shapes = {n: s.shape if isinstance(s, np.ndarray) else s for n, s in promised.items()}
 
     def load() -> Factors:
@@ -137,11 +143,57 @@ def _factors(form: Form, group: Group, method: Factorization, seed: int) -> Fact
         # where neighbours absorb the permutation there is none to compute
         return np.arange(given.size, dtype=given.dtype) if form.permutes == "out" else given
 
-    n = group.elements
-    decision = Decision(
-        group.name, tuple(s.name for s in group.sites), form.method, form.rank, None, None, False, n, n, 0, 0, 0, 0, "",
-        form.structure,
-    )  # fmt: skip
+    decision = _decision(form, group)
     indices = frozenset(n for n, s in promised.items() if isinstance(s, np.ndarray))
     assert storage in FLOATS
     return FactorSet(decision, group, method, storage, shapes, 0.0, load, indices)
+
+
+def _decision(form: Form, group: Group) -> Decision:
+    n = group.elements
+    return Decision(
+        group.name, tuple(s.name for s in group.sites), form.method, form.rank, form.storage, None, False, n, n, 0, 0, 0, 0, "",
+        form.structure, activations=form.activations,
+    )  # fmt: skip
+
+
+def _coded_factors(
+    form: Form, group: Group, method: Factorization, number: ir.DataType, seed: int
+) -> FactorSet:
+    """A dense weight in a storage type: codes by chance."""
+    kind = storage_type(str(form.storage))
+    site = group.sites[0]
+    by_row = form.kind == "lookup"
+    K, N = (site.N, site.K) if by_row else (site.K, site.N)
+    shapes: dict[str, tuple[int, ...]] = {"w": (site.K, site.N)}
+    plain: dict[str, Array] = {}
+    if form.activations is not None:
+        plain = {n: a.astype(number.numpy()) for n, a in quantizer(form.activations, None, K).factors.items()}
+        shapes |= {n: a.shape for n, a in plain.items()}
+
+    def codes() -> Mapping[str, Coded]:
+        rng = np.random.default_rng(seed)
+        size = (kind.groups(K), N)
+        high = len(kind.levels) if kind.levels else kind.high + 1
+        tile = rng.integers(0 if kind.levels else kind.low, high, min(K * N, _TILE))
+        zeros = rng.integers(kind.low, kind.high + 1, size) if kind.zero_points else None
+        scales = np.full(size, 1.0 / (math.sqrt(K) * kind.reach))
+        levels = np.array(kind.levels) if kind.levels else None
+        return {
+            "w": Coded(
+                kind, np.resize(tile, (K, N)).astype(np.int16), scales, zeros, levels, float(scales[0, 0])
+            )
+        }
+
+    return FactorSet(
+        _decision(form, group),
+        group,
+        method,
+        number,
+        shapes,
+        0.0,
+        lambda: plain,
+        frozenset(),
+        frozenset({"w"}),
+        codes,
+    )

@@ -29,6 +29,7 @@ class Options:
     target: str = "ort-cpu"
     methods: tuple[str, ...] = ("auto",)
     storage: tuple[str, ...] = ()
+    activations: tuple[str, ...] = ()
     budget: Budget = field(default_factory=Budget)
     plan: Plan | None = None
     data: Data | None = None
@@ -84,6 +85,10 @@ class Options:
             raise UsageError(f"--objective {b.objective}: it is one of {', '.join(OBJECTIVES)}")
         if not 1 <= self.margin < float("inf"):
             raise UsageError(f"--margin {self.margin:g}: how many times faster an engine must be, at least 1")
+        if self.activations and self.precision not in (None, "fp32"):
+            raise UsageError(
+                f"--activations: inputs are rounded where they are float32, leave --precision {self.precision} out"
+            )
         self._check_pareto()
         if self.batch < 1 or self.threads < 1:
             raise UsageError("--batch and --threads are at least 1")

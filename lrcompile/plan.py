@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from lrcompile.activations import legal as rounds
 from lrcompile.allocate import Options, allocate, cheapest, covers_of
 from lrcompile.coding import FLOATS
 from lrcompile.cost import stored_bytes
@@ -287,8 +288,8 @@ def without_least_paying(problem: Problem, plan: Plan) -> Plan:
 
 
 def _is(candidate: Candidate, decision: Decision) -> bool:
-    return (candidate.method, candidate.rank, candidate.structure, candidate.storage) == (
-        decision.method, decision.rank, decision.structure, decision.storage,
+    return (candidate.method, candidate.rank, candidate.structure, candidate.storage, candidate.activations) == (
+        decision.method, decision.rank, decision.structure, decision.storage, decision.activations,
     )  # fmt: skip
 
 
@@ -313,7 +314,7 @@ def _searched(problem: Problem, trials: Sequence[Trial]) -> Plan | None:
 
 def _forms(plan: Plan) -> tuple[object, ...]:
     """What a plan does, whatever its reasons say."""
-    return tuple((d.group, d.method, d.rank, d.structure, d.storage) for d in plan.decisions)
+    return tuple((d.group, d.method, d.rank, d.structure, d.storage, d.activations) for d in plan.decisions)
 
 
 def dense_plan(problem: Problem, reason: str) -> Plan:
@@ -434,6 +435,8 @@ def check_plan(
             if no is not None or not there:
                 reason = no.reason if no is not None else "there is no such type"
                 raise UsageError(f"the plan stores {decision.group!r} in {decision.storage!r}: {reason}")
+        if (kind := decision.activations) is not None and (no := rounds(kind, decision.storage, group)):
+            raise UsageError(f"the plan rounds the input of {decision.group!r}: {no.reason}")
         for name in decision.sites:
             if name in taken:
                 raise UsageError(
@@ -470,7 +473,9 @@ def _priced(
             if decision.permutes == "out" and candidate.index_bytes:
                 candidate = folded(candidate)
             if decision.storage is not None and candidate.storage is None:
-                candidate = stored(candidate, decision.storage, method, group, weights, statistics)
+                candidate = stored(
+                    candidate, decision.storage, method, group, weights, statistics, decision.activations
+                )
             if (candidate.rank, candidate.structure, candidate.storage) == form:
                 return decision_of(group, candidate, decision.reason)
     raise UsageError(

@@ -231,6 +231,7 @@ def site_reports(finding: Finding, plan: Plan, sets: Sequence[FactorSet]) -> tup
                 storage=(decision.storage or _stored(sets, decision.group))
                 if decision is not None and rewrites
                 else None,
+                activations=decision.activations if decision is not None else None,
                 parameters_before=before,
                 parameters_after=after,
                 claimed_error=decision.claimed_error if decision is not None and rewrites else None,

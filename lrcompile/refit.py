@@ -109,7 +109,7 @@ def _walks(group: Group) -> bool:
 
 
 def _forms(decisions: Sequence[Decision]) -> str:
-    return repr([(d.group, d.method, d.rank, d.structure, d.storage) for d in decisions])
+    return repr([(d.group, d.method, d.rank, d.structure, d.storage, d.activations) for d in decisions])
 
 
 def _centred(group: Group) -> tuple[Site, ...]:
@@ -225,7 +225,7 @@ class LiveStatistics:
         return InputStatistics(
             count, shrunk(second, count, spread), sums["mean"] / count, shrinkage=shrinkage_of(count, tap.size),
             cross=shrunk(sums["cross"] / count, count, spread), dense_mean=sums["dense_mean"] / count,
-            reaction=stored.reaction,
+            reaction=stored.reaction, low=stored.low, high=stored.high,
         )  # fmt: skip
 
     def key(self, site: Site) -> str:

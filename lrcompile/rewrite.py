@@ -14,6 +14,7 @@ from functools import partial
 import numpy as np
 import onnx_ir as ir
 
+from lrcompile.activations import SMOOTH, STEP, product
 from lrcompile.coding import type_of
 from lrcompile.encoding import OPSET, Part, decode, decode_rows, parts_of
 from lrcompile.factors import FactorSet, bias_in_place
@@ -40,11 +41,12 @@ def rewrite(model: ir.Model, sets: Sequence[FactorSet]) -> ir.Model:
     """A copy of the model in neutral form."""
     copy, twins = _copy(model)
     names = Names(copy)
+    shared: dict[bytes, ir.Value] = {}
     if any(factors.coded for factors in sets):
         raise_opset(copy, OPSET)
     for factors in sets:
         edits = factors.method.edits(factors.group, factors.load())
-        given = _Initializers(copy, factors, names)
+        given = _Initializers(copy, factors, names, shared)
         for index, site in enumerate(factors.group.sites):
             _edit_bias(copy, site, twins, edits, names)
             if (smaller := edits.get((site.name, "weight"))) is not None:
@@ -191,10 +193,15 @@ def _same(array: Array) -> Array:
 
 
 class _Initializers:
-    """Factors as constants of the main graph, each made when the first call asks for it."""
+    """Factors as constants of the main graph, each made when the first call asks for it.
 
-    def __init__(self, model: ir.Model, factors: FactorSet, names: Names) -> None:
-        self._model, self._factors, self._names = model, factors, names
+    shared: what inputs are smoothed by, which sites that read one value have in common, by its bytes.
+    """
+
+    def __init__(
+        self, model: ir.Model, factors: FactorSet, names: Names, shared: dict[bytes, ir.Value]
+    ) -> None:
+        self._model, self._factors, self._names, self._shared = model, factors, names, shared
         self._made: dict[str, ir.Value] = {}
         self._prefix = f"{factors.group.sites[0].name}/{factors.decision.method}"
         self._parts = parts_by_name(factors)
@@ -205,6 +212,14 @@ class _Initializers:
                 self._model, self._names.value(f"{self._prefix}/{name}"), part.dtype, part.array.shape,
                 partial(_same, part.array),
             )  # fmt: skip
+        elif name not in self._made and name == SMOOTH:
+            array = self._factors.load()[name]
+            if (key := array.tobytes()) not in self._shared:
+                self._shared[key] = _initializer(
+                    self._model, self._names.value(f"{self._prefix}/{name}"), self._factors.type_of(name), array.shape,
+                    partial(_same, array),
+                )  # fmt: skip
+            self._made[name] = self._shared[key]
         elif name not in self._made:
             factors = self._factors
             self._made[name] = _initializer(
@@ -240,7 +255,7 @@ class _Parameters(Mapping[str, ir.Value]):
             if name in self._factors.coded:
                 shape = self._factors.shapes[name]
                 self._typed[name] = decode(
-                    self._op, self._parts(name), self._kind(name), shape, self._compute, name
+                    self._op, self.parts(name), self._kind(name), shape, self._compute, name
                 )
                 return self._typed[name]
             value = self.parameters[name] = ir.Value(name=f"{self._prefix}/{name}_in")
@@ -252,12 +267,12 @@ class _Parameters(Mapping[str, ir.Value]):
     def rows(self, name: str, ids: ir.Value) -> ir.Value:
         """Rows of a coded table."""
         shape = self._factors.shapes[name]
-        return decode_rows(self._op, self._parts(name), self._kind(name), shape, ids, self._compute, name)
+        return decode_rows(self._op, self.parts(name), self._kind(name), shape, ids, self._compute, name)
 
     def _kind(self, name: str) -> Storage:
         return type_of(self._factors.method, name, str(self._factors.decision.storage))
 
-    def _parts(self, name: str) -> dict[str, ir.Value]:
+    def parts(self, name: str) -> dict[str, ir.Value]:
         """Parameters for the constants of a coded factor, by suffix."""
         found: dict[str, ir.Value] = {}
         for part in self._names:
@@ -309,6 +324,12 @@ def _call(
     bias = addend if site.kind == "conv" else None  # a Conv adds it itself
     if site.kind == "lookup" and factors.coded:  # emit would decode the whole table
         y = inside.rows("w", x)
+    elif (rounded_to := factors.decision.activations) is not None:
+        static = STEP in factors.shapes
+        y = product(
+            op, x, rounded_to, {} if static else inside.parts("w"), inside[SMOOTH],
+            inside[STEP] if static else None, inside["w"] if static else None,
+        )  # fmt: skip
     else:
         y = factors.method.emit(
             op,

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lrcompile.activations import stand_in
 from lrcompile.carrier import Carrier, read_all
 from lrcompile.coding import rounded
 from lrcompile.cost import stored_bytes
@@ -88,7 +89,9 @@ def predicted(
 
     def key(curve: Curve, form: Candidate) -> tuple[str, ...]:
         of = [weights.key(s) + statistics.key(s) for s in curve.group.sites]
-        what = repr((curve.group.name, form.method, form.rank, form.structure, form.storage, of))
+        what = repr(
+            (curve.group.name, form.method, form.rank, form.structure, form.storage, form.activations, of)
+        )
         return ("movement-2", hashlib.sha256((known + what).encode()).hexdigest())
 
     missing = [t for t in trials if not weights.cache.has(key(*t))]
@@ -97,7 +100,14 @@ def predicted(
         def changed(curve: Curve, form: Candidate) -> Mapping[Constant, Array]:
             method = methods[form.method]
             factors, _ = rounded(method, curve.group, weights, statistics, form, seed, sweeps=0)
-            return method.reconstruct(curve.group, factors)
+            made = dict(method.reconstruct(curve.group, factors))
+            site = curve.group.sites[0]
+            if form.activations is not None and (seen := statistics.of(site)) is not None:
+                W = weights.matrix(site)
+                made[site.name, "weight"] = made[site.name, "weight"] + stand_in(
+                    W, form.activations, seen, seed
+                )
+            return made
 
         bench = _Bench(source, weights, few, child, target, scratch, progress)
         for (curve, form), movement in bench.run(missing, changed):

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
+from lrcompile.activations import legal as rounds
+from lrcompile.activations import noise_of, storage_under
 from lrcompile.coding import FLOATS, rounded
 from lrcompile.encoding import size_of
 from lrcompile.errors import UsageError
@@ -121,8 +123,12 @@ def stored(
     group: Group,
     weights: Weights,
     statistics: StatisticsSource | None,
+    activations: str | None = None,
 ) -> Candidate:
-    """The form in a storage type: its bytes, and its error, measured for a weight left dense, estimated for factors."""
+    """The form in a storage type: its bytes, and its error, measured for a weight left dense, estimated for factors.
+
+    activations: the type that its input is rounded to; what that adds to the error of a dense weight is expected, not measured.
+    """
     bits, by_row = 0, group.sites[0].kind == "lookup"
     for shape in method.shapes(group, candidate).values():
         size = shape if isinstance(shape, tuple) else shape.shape
@@ -134,9 +140,16 @@ def stored(
         cost=cost,
         bound=False,
         rank=None if method.name == "dense" else candidate.rank,
+        activations=activations,
     )
     if method.name == "dense":
         error, movement = _measured(form, method, group, weights, statistics)
+        if activations is not None:
+            lost, moved = noise_of(activations, group, weights, statistics)
+            error, movement = (
+                math.hypot(error, math.sqrt(lost)),
+                None if movement is None else movement + moved,
+            )
         return replace(form, error=error, movement=movement)
     noise = _NOISE[_width(name)] * math.sqrt(2.0)
     movements = weights.low_rank_movements(group, statistics) if candidate.movement is not None else None
@@ -166,7 +179,13 @@ def _measured(
 ) -> tuple[float, float | None]:
     """Error and predicted movement of a dense weight in its codes, without the last sweeps."""
     seen = tuple(statistics.key(s) for s in group.sites) if statistics is not None else ()
-    key = ("coded-1", str(form.storage), *(weights.key(s) for s in group.sites), *seen)
+    key = (
+        "coded-1",
+        str(form.storage),
+        *filter(None, [form.activations]),
+        *(weights.key(s) for s in group.sites),
+        *seen,
+    )
 
     def compute() -> dict[str, Array]:
         made, _ = rounded(method, group, weights, statistics, form, 0, sweeps=0)
@@ -192,10 +211,23 @@ def forms(
     target: str,
     weights: Weights,
     statistics: StatisticsSource | None,
+    activations: Sequence[str] = (),
 ) -> Iterator[Candidate | Refusal]:
-    """Every candidate, dense among them, in every storage type that is legal; and why the others are not."""
+    """Every candidate, dense among them, in every storage type that is legal; and why the others are not.
+
+    activations: the types that the input of a dense weight may be rounded to.
+    """
     if all(s.kind == "lookup" for s in group.sites):
         types = [f"{n}s16" if n not in FLOATS and storage(n).scale == "float8" else n for n in types]
+    dense = next((m for m in methods if m.name == "dense"), None)
+    for rounded_to in activations if dense is not None and dense.serves(group) is None else ():
+        name = storage_under(rounded_to)
+        if (no := rounds(rounded_to, name, group) or legal(name, group, target)) is not None:
+            yield no
+            continue
+        assert dense is not None
+        made = dense.candidates(group, weights, statistics, CandidateOptions())
+        yield from (stored(c, name, dense, group, weights, statistics, rounded_to) for c in made)
     # taken now: who asks may add to `found` as we go
     of = {m.name: tuple(c for c in found if c.method == m.name) for m in methods}
     for name in types:

@@ -33,6 +33,7 @@ from lrcompile.factors import FactorSet
 from lrcompile.feeds import STYLES, Feeds, draw, inputs_of
 from lrcompile.fused import Nodes, fuse
 from lrcompile.interfaces import BuildOptions, Factorization, Runtime, StatisticsSource
+from lrcompile.lower import lower
 from lrcompile.options import Options
 from lrcompile.precision import convert, widened
 from lrcompile.progress import Progress
@@ -156,6 +157,15 @@ def dense_file(known: Study, original: Path) -> Path:
     if folder.is_dir():  # made before
         return folder / "model.onnx"
     return save_lowered(typed(known.source.model, known), known.source, folder, known.large)
+
+
+def lowered_file(known: Study, dense: Path) -> Path:
+    """The original under the target's lowering: with its fused operators those of compiled models are compared."""
+    rewrites = known.runtime.lowering(known.options.target)
+    if not rewrites:
+        return dense
+    model = lower(typed(known.source.model, known).clone(), rewrites)
+    return save_lowered(model, known.source, new_folder(known.scratch / "lowered"), known.large)
 
 
 def judged_file(path: Path, lowered: ir.Model, known: Study) -> Path:

@@ -71,6 +71,8 @@ def _row(d: Decision, predicts: bool) -> list[str]:
     kept = f"{d.parameters_after / d.parameters_before:.3f}" if d.parameters_before else ""
     moves = [_scientific(d.movement)] if predicts else []
     form = d.method if d.storage is None else f"{d.method} in {d.storage}"
+    if d.activations is not None:
+        form += f", input {d.activations}"
     return [
         d.group,
         form,

@@ -25,7 +25,8 @@ _FEWEST = 6  # points that a trend over four logarithms needs
 class Form:
     """What is timed: `widths` weights (K, N) that read one value, stored by a method at a rank. method ``dense``: as they are, no rank.
 
-    kind, transposed: as `interfaces.Call` has them. dtype: what it computes in. structure, permutes: as the candidate's.
+    kind, transposed: as `interfaces.Call` has them. dtype: what it computes in. structure, permutes, storage, activations: as the
+    candidate's.
     """
 
     method: str
@@ -37,12 +38,15 @@ class Form:
     structure: tuple[tuple[str, int | str], ...] = ()
     permutes: str | None = None
     transposed: bool = False
+    storage: str | None = None
+    activations: str | None = None
 
     @property
     def family(self) -> tuple[object, ...]:
         """All but the sizes."""
         return (
             self.method, self.kind, len(self.widths), self.dtype, self.structure, self.permutes, self.transposed,
+            self.storage, self.activations,
         )  # fmt: skip
 
     @property
@@ -145,11 +149,11 @@ class Clock:
     def of(
         self, group: Group, candidate: Candidate | None, method: Factorization | None, rows: Mapping[str, int]
     ) -> float | None:
-        """Seconds of all readers of a group's weights, each at its number of rows; None where one was not timed, as no Conv is, nor a type of few bits.
+        """Seconds of all readers of a group's weights, each at its number of rows; None where one was not timed, as no Conv is.
 
         candidate None: as they are.
         """
-        if not can_be_timed(group) or (candidate is not None and candidate.storage is not None):
+        if not can_be_timed(group):
             return None
         total = 0.0
         for form, site in forms_of(group, candidate, method, self.dtype):
@@ -211,7 +215,8 @@ def forms_of(
 
     def stored(site: Site, widths: tuple[int, ...], form: Candidate, transposed: bool) -> tuple[Form, str]:
         return Form(
-            form.method, site.kind, site.K, widths, form.rank, dtype or site.dtype, form.structure, form.permutes, transposed
+            form.method, site.kind, site.K, widths, form.rank, dtype or site.dtype, form.structure, form.permutes, transposed,
+            form.storage, form.activations,
         ), site.name  # fmt: skip
 
     if candidate is None or method is None:

@@ -141,10 +141,15 @@ def wanted_of(
 
 
 def _few(curve: Curve) -> Iterator[Candidate]:
-    """Of each method the structures that err least at half the parameters, and of each of these a few ranks."""
-    kinds: dict[tuple[str, str | None], dict[object, list[Candidate]]] = {}
-    for c in (c for c in curve.candidates if c.storage is None):
-        kinds.setdefault((c.method, c.permutes), {}).setdefault(c.structure, []).append(c)
+    """Of each method the structures that err least at half the parameters, and of each of these a few ranks; every type of a dense weight.
+
+    Factors in few bits are left out: they are many, and their product is the slower part twice.
+    """
+    kinds: dict[tuple[str | None, ...], dict[object, list[Candidate]]] = {}
+    for c in (c for c in curve.candidates if c.storage is None or c.method == "dense"):
+        kinds.setdefault((c.method, c.permutes, c.storage, c.activations), {}).setdefault(
+            c.structure, []
+        ).append(c)
     for structures in kinds.values():
         for several in sorted(structures.values(), key=lambda s: _half(curve, s).error)[:_STRUCTURES]:
             ranks = ranks_to_measure([c.rank or 0 for c in several], RANKS)

@@ -162,6 +162,7 @@ class SiteReport:
     method: str
     rank: int | None
     storage: str | None
+    activations: str | None
     parameters_before: int
     parameters_after: int
     claimed_error: float | None

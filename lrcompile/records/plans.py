@@ -28,6 +28,7 @@ class Candidate:
     error: relative, as `docs` define it; bound says whether it is an upper bound or an estimate. movement: how far it is predicted
     to move the model's outputs (relative squared; KL for logits), None where nothing is known of that. index_bytes: of its cost,
     what an index of permuted outputs takes, and does not take where neighbours absorb the permutation; permutes: whether they do.
+    activations: the type that the input is rounded to before it is multiplied, None where it stays as it is.
     """
 
     method: str
@@ -41,6 +42,7 @@ class Candidate:
     movement: float | None = None
     index_bytes: int = 0
     permutes: Literal["in", "out"] | None = None
+    activations: str | None = None
 
     @property
     def folds(self) -> bool:
@@ -50,7 +52,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What is done with a group, and why. movement: as the candidate's."""
+    """What is done with a group, and why. movement, activations: as the candidate's."""
 
     group: str
     sites: tuple[str, ...]
@@ -69,6 +71,7 @@ class Decision:
     structure: tuple[tuple[str, int | str], ...] = ()
     permutes: Literal["in", "out"] | None = None
     movement: float | None = None
+    activations: str | None = None
 
     @property
     def folds(self) -> bool:

@@ -30,6 +30,7 @@ class InputStatistics:
 
     count: rows seen. second: (K, K) float64, mean of x x^T; mean: (K,) float64 (linear sites). Of a Conv a row is what its window sees
     at one position; with groups each has its own, (g, K, K) and (g, K).
+    low, high: (K,) the least and the largest number of each channel; None where they were not watched.
     frequencies: (V,) float64, the share of lookups that asked for each row (lookup sites).
     cross, dense_mean: of live statistics, where x is what the compressed part gives and z the dense model's input, (K, K), mean of
     x z^T, shrunk as `second` is, and (K,), mean of z. reaction: of the model's outputs, None where that is not known.
@@ -45,6 +46,8 @@ class InputStatistics:
     cross: Array | None = None
     dense_mean: Array | None = None
     reaction: Reaction | None = None
+    low: Array | None = None
+    high: Array | None = None
 
     def weighing(self, centred: bool) -> Array:
         """(K, K): by which an error of the weight is weighed on its input side, as the outputs would."""

@@ -19,8 +19,10 @@ from lrcompile.errors import BuildError, PluginError
 from lrcompile.interfaces import Availability, BuildOptions, Engine, Rewrite, Runtime
 from lrcompile.records import Built, Decision, Refusal
 from lrcompile_runtimes import Port, check_feeds, repeated, words
+from lrcompile_runtimes._legality import verdict
 from lrcompile_runtimes._ort_devices import TARGETS, load, missing, open_session
 from lrcompile_runtimes._ort_nodes import check_placement, count_nodes, record
+from lrcompile_runtimes._ort_norms import NormsApart
 
 if TYPE_CHECKING:
     import numpy as np
@@ -202,7 +204,8 @@ class OrtRuntime:
         return Availability(not why, why, (("onnxruntime", str(ort.__version__)),))
 
     def lowering(self, target: str) -> tuple[Rewrite, ...]:
-        return ()  # docs/fusions.md: what was measured
+        # docs/fusions.md: what was measured
+        return (NormsApart(),) if target == "ort-cpu" else ()
 
     def fusions(self, target: str) -> tuple[Rewrite, ...]:
         if target in ("ort-tensorrt", "ort-trt-rtx"):  # TensorRT's parser knows no operator of com.microsoft
@@ -215,7 +218,8 @@ class OrtRuntime:
         return (TransformerFusions(),)
 
     def supports(self, decision: Decision, target: str) -> Refusal | None:
-        return None
+        known = verdict(f"input {decision.activations}", target)
+        return Refusal(f"{target}: {known.refused}") if known is not None and known.refused else None
 
     def engine_file(self, target: str) -> str | None:
         return None

@@ -51,8 +51,9 @@ class TrtRuntime:
         return ()  # the builder fuses by itself, and knows none of ONNX Runtime's operators
 
     def supports(self, decision: Decision, target: str) -> Refusal | None:
-        known = verdict((decision.storage or "").lower(), target)
-        return Refusal(known.refused) if known is not None and known.refused else None
+        names = ((decision.storage or "").lower(), f"input {decision.activations}")
+        found = (known for name in names if (known := verdict(name, target)) is not None)
+        return next((Refusal(f"{target}: {v.refused}") for v in found if v.refused), None)
 
     def engine_file(self, target: str) -> str | None:
         return LIBRARIES[target].engine_file
