@@ -68,10 +68,13 @@ def rewrite(model: ir.Model, sets: Sequence[FactorSet]) -> ir.Model:
     return copy
 
 
-def reconstructed(model: ir.Model, sets: Sequence[FactorSet]) -> ir.Model:
-    """A copy of the model in which every changed constant is its reconstruction, rounded to its type: the oracle."""
+def reconstructed(model: ir.Model, sets: Sequence[FactorSet], jitter: int | None = None) -> ir.Model:
+    """A copy of the model in which every changed constant is its reconstruction, rounded to its type: the oracle.
+
+    jitter: a seed by which its weights are moved as `jittered` moves the original's.
+    """
     oracle = Reconstruction(model)
-    oracle.put(sets)
+    oracle.put(sets, jitter)
     return oracle.model
 
 
@@ -82,13 +85,15 @@ class Reconstruction:
         self.model, self._twins = _copy(model)
         self._names = Names(self.model)
 
-    def put(self, sets: Sequence[FactorSet]) -> None:
+    def put(self, sets: Sequence[FactorSet], jitter: int | None = None) -> None:
         for factors in sets:
             changed = factors.method.reconstruct(factors.group, factors.load())
             for site in factors.group.sites:
                 node = self._twins[site.node]
                 if (site.name, "weight") in changed:
                     made = _reconstruction(factors, site)
+                    if jitter is not None:
+                        made = _jitter(made, site, _coarser(site, factors.storage), jitter)
                     _replace_weight(self.model, site, node, self._names, site.layout.shape, made)
                 _edit_bias(self.model, site, self._twins, changed, self._names)
 
@@ -131,7 +136,7 @@ def jittered(
     names = Names(copy)
     for factors in sets:
         for site in factors.group.sites:
-            moved = _jitter(read, site, _coarser(site, factors.storage), seed)
+            moved = _jitter(partial(read, site), site, _coarser(site, factors.storage), seed)
             _replace_weight(copy, site, twins[site.node], names, site.layout.shape, moved)
     return copy
 
@@ -140,16 +145,14 @@ def _reconstruction(factors: FactorSet, site: Site) -> Callable[[], Array]:
     return lambda: factors.method.reconstruct(factors.group, factors.load())[site.name, "weight"]
 
 
-def _jitter(
-    read: Callable[[Site], Array], site: Site, storage: ir.DataType, seed: int
-) -> Callable[[], Array]:
+def _jitter(read: Callable[[], Array], site: Site, storage: ir.DataType, seed: int) -> Callable[[], Array]:
     """W moved by half a unit in the last place of each entry, or of a typical one where the entry is smaller.
 
     Factors are as exact as the whole matrix allows, not each entry: beside an outlier a small entry has no digits of its own.
     """
 
     def weight() -> Array:
-        W = read(site)
+        W = read()
         typical = np.linalg.norm(W) / np.sqrt(max(W.size, 1))
         # half a unit of float64 is nothing, because it is what we compute in
         half = 1.0 if storage == ir.DataType.DOUBLE else 0.5

@@ -50,6 +50,18 @@ class Noise:
     relative: Mapping[str, float]
     drifts: frozenset[str] = frozenset()
 
+    def or_larger(self, other: Noise) -> Noise:
+        """Of every output the larger of both."""
+
+        def larger(mine: Mapping[str, float], its: Mapping[str, float]) -> Mapping[str, float]:
+            return {name: max(value, its.get(name, 0.0)) for name, value in mine.items()}
+
+        return Noise(
+            larger(self.largest, other.largest),
+            larger(self.relative, other.relative),
+            self.drifts | other.drifts,
+        )
+
 
 class EngineRunner(BaseRunner):  # type: ignore[misc]
     """One of our engines as a Polygraphy runner. Activation and release are the engine owner's business.

@@ -25,6 +25,7 @@ import lrcompile
 from lrcompile.errors import LrcompileError, PluginError, VerificationError
 from lrcompile.factors import FactorSet
 from lrcompile.records import Budget
+from lrcompile.verify import Noise
 from tests.graphs import Array, node, normal, proto
 
 
@@ -203,6 +204,47 @@ def test_a_factor(
     words = str(caught.value)
     assert "output 'logits'" in words or "output 'hidden'" in words or "moved" in words
     nothing_published(tmp_path)
+
+
+def amplifier() -> onnx.ModelProto:
+    """h = x W, y = h without its mean, of length one. W has one large direction, the same for all columns: at rank 1 all that is left of h is
+    its mean, and y is rounding."""
+    u = normal(16) / np.linalg.norm(normal(16))
+    small = normal(16, 12, seed=1) / 10
+    nodes = [
+        node("MatMul", ["x", "w"], ["h"], name="first"),
+        node("LayerNormalization", ["h", "one"], ["y"], name="norm", axis=-1, epsilon=1e-30),
+    ]
+    w = 10 * np.outer(u, np.ones(12)) + small - np.outer(u, u @ small)
+    constants = {"w": w.astype(np.float32), "one": np.ones(12, np.float32)}
+    return proto(nodes, {"x": (("rows", 16), np.float32)}, ["h", "y"], constants, opset=17)
+
+
+@pytest.mark.parametrize("spoilt", [False, True])
+def test_what_amplifies_rounding_more_than_the_original(
+    spoilt: bool, tmp_path: Path, child: lrcompile.Child, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own noise counts, and hides no wrong factor: h has none."""
+    stages = import_module("lrcompile.compile")
+    rewrite = stages.rewrite
+    larger = FACTORS["0.1 percent larger"]
+    if spoilt:
+        monkeypatch.setattr(
+            stages, "rewrite", lambda m, sets: rewrite(m, [corrupt(s, "a", larger) for s in sets])
+        )
+    onnx.save(amplifier(), tmp_path / "model.onnx")
+    options = lrcompile.Options(methods=("svd-plain",), budget=Budget(rank=1), cache=cache)
+    if spoilt:
+        with pytest.raises(VerificationError, match="output 'h'"):
+            lrcompile.compile(tmp_path / "model.onnx", tmp_path / "out", options, child=child)
+        nothing_published(tmp_path)
+        return
+    result = lrcompile.compile(tmp_path / "model.onnx", tmp_path / "out", options, child=child)
+    assert result.evidence.verdict == "passed" and len(result.plan.rewritten) == 1
+    # the control: by the original's movement alone it would be called wrong
+    monkeypatch.setattr(Noise, "or_larger", lambda self, other: self)
+    with pytest.raises(VerificationError, match="output 'y'"):
+        lrcompile.compile(tmp_path / "model.onnx", tmp_path / "again", options, child=child)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
