@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
 
+from lrcompile.child import Child
 from lrcompile.curves import decision_of
 from lrcompile.factorize import factorize
 from lrcompile.factors import FactorSet
@@ -210,3 +212,38 @@ def test_a_wrong_code_is_seen(name: str, tmp_path: Path) -> None:
             }
             broken = replace(factors, codes=lambda c=codes: c)  # type: ignore[misc]
             assert np.abs(outputs(lower(rewrite(made, (broken,)), ()), x) - oracle).max() > 1e-2, wrong
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "target", "least", "most"),
+    (
+        ("lqer", "uint4", "ort-cpu", 0.12, 0.25),
+        ("lqer", "int4-32s32", "trt-rtx", 0.12, 0.25),
+        ("kashin", "quarters", "ort-cpu", 0.25, 0.32),  # two codes of four bits in memory
+        ("kashin", "int4-0s32", "trt-rtx", 0.25, 0.3),
+        ("kashin", "pairs4", "ort-cpu", 0.99, 1.05),  # made into the weight
+        ("kashin", "pairs4", "trt-rtx", 0.99, 1.05),
+    ),
+)
+def test_what_engines_keep(
+    name: str, kind: str, target: str, least: float, most: float, tmp_path: Path
+) -> None:
+    """Shares of a float32 weight: corrections and uniform levels stay codes, centroids become the weight."""
+    if target == "trt-rtx":
+        pytest.importorskip("tensorrt_rtx")
+    made = model_of(normal(256, 256))
+    (_, group, weights, _) = candidates_of(name, made, Cache(tmp_path))
+    types = (kind,) if name == "lqer" else ()
+    found = METHODS[name].candidates(group, weights, None, CandidateOptions(storages=types))
+    candidate = next(c for c in found if c.storage == kind)
+    path = tmp_path / "model.onnx"
+    onnx.save(ir.to_proto(lower(rewrite(made, (carried_out(candidate, group, weights, None),)), ())), path)
+    with Child(timeout=60) as child:
+        if target == "ort-cpu":
+            tensors = onnx.load(child.call("tests.kept:by_ort", str(path))).graph.initializer
+            kept = sum(len(t.raw_data) or t.ByteSize() for t in tensors)
+        else:
+            kept = int(
+                child.call("tests.kept:by_rtx", str(path), ("8.9",), "x", (3, 256))["weights"].split()[0]
+            )
+    assert least <= kept / (4 * 256 * 256) <= most
