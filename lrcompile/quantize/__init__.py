@@ -7,11 +7,12 @@ feedback     rounding that sees the second moment of the input, and sweeps that 
 correction   low rank beside a rounded weight
 orthogonal   fast orthogonal matrices
 kashin       two spread-out factors instead of one weight
+pairs        one code for both of them
 """
 
 from __future__ import annotations
 
-from lrcompile.quantize.correction import alternating, correction, left_over
+from lrcompile.quantize.correction import alternating, correction
 from lrcompile.quantize.feedback import fed_back, loss, rounded_by, sweep
 from lrcompile.quantize.formats import Storage, names, storage
 from lrcompile.quantize.orthogonal import Orthogonal, orthogonal
@@ -24,7 +25,6 @@ __all__ = [
     "alternating",
     "correction",
     "fed_back",
-    "left_over",
     "loss",
     "names",
     "orthogonal",

@@ -39,15 +39,6 @@ def correction(
     return M @ V, V.T if R is None else scipy.linalg.solve_triangular(R, V, lower=True, trans="T").T
 
 
-def left_over(E: Array, C: Array) -> Array:
-    """(n + 1,): tr((E - A B)^T C (E - A B)) of the exact correction at rank 0, 1, .., n = min(K, N)."""
-    K, N = E.shape
-    small = _inner(E, C) if N <= K else _outer(E, C)[0]
-    energy = np.maximum(np.linalg.eigvalsh(small)[::-1], 0.0)
-    made: Array = np.concatenate([np.cumsum(energy[::-1])[::-1], [0.0]])
-    return made
-
-
 def _leading(E: Array, C: Array, rank: int) -> Array:
     """(N, r): the leading eigenvectors of E^T C E, by the smaller of two eigenproblems."""
     K, N = E.shape

@@ -74,12 +74,6 @@ def refitted_pairs(W: Array, C: Array, start: Pairs, turns: int) -> Pairs:
     return made
 
 
-def lost(W: Array, C: Array, made: Array) -> float:
-    """tr(E^T C E)."""
-    E = W - made
-    return float(np.vdot(E, C @ E))
-
-
 def _stacked(C: Array, left: Orthogonal) -> tuple[Array, Array, Array]:
     """C, C Q and Q^T C Q: how entries of U and of V meet in the loss."""
     CQ = left.apply(C)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lrcompile.quantize import kashin, orthogonal
+from lrcompile.interfaces import Array
+from lrcompile.quantize import kashin, loss, orthogonal, pairs, storage
 from lrcompile.quantize.orthogonal import KINDS, sizes_of
 
 
@@ -108,3 +111,96 @@ def test_joint_codes_name_a_pair() -> None:
     made, centroids, codes = kashin.joint(W, start, 16, 0)
     np.testing.assert_array_equal(np.stack([made.U, made.V], axis=-1), centroids[codes])
     assert made.residual < 0.2
+
+
+# --- refits that see the data ---------------------------------------------------------------------------------------
+
+
+def moment(K: int, seed: int) -> Array:
+    rng = np.random.default_rng(seed)
+    X = rng.standard_normal((200, K)) @ rng.standard_normal((K, K)) + 1.0
+    return X.T @ X / 200
+
+
+def hostile() -> dict[str, Array]:
+    W = np.random.default_rng(0).standard_normal((30, 5))
+    outlier, holes = W.copy(), W.copy()
+    outlier[3, 2], holes[:, ::2] = 1e4, 0.0
+    return {
+        "outlier": outlier, "zero columns": holes, "zero": 0 * W, "constant": np.full((30, 5), 0.3), "one column": W[:, :1], "prime": W[:29],
+        "one row": W[:1],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ("quarters", "int4-0s32"))
+def test_refits_that_see_the_data_lower_the_error_of_the_product(name: str) -> None:
+    W, C, q = np.random.default_rng(3).standard_normal((48, 20)), moment(48, 1), orthogonal(48, "random", 0)
+    start, kind = kashin.four_steps(W, q)[0], storage(name)
+
+    def made(weighed: Array | None, times: int) -> Array:
+        u, v = kashin.refitted_codes(W, start, kind, weighed, times)
+        return u.values + kashin.rotated_back(v.values, q, None)
+
+    plain, seeing = made(None, 4), made(C, 4)
+    assert loss(W, C, seeing) < 0.8 * loss(W, C, plain)
+    assert np.linalg.norm(W - plain) < np.linalg.norm(W - seeing)  # each is the better one by its own measure
+    assert np.linalg.norm(W - plain) <= np.linalg.norm(W - made(None, 0))
+
+
+@pytest.mark.parametrize("free", (True, False))
+def test_pairs_are_refitted(free: bool) -> None:
+    """Each turn loses no more, and far less is left than of k-means alone."""
+    W, C, q = np.random.default_rng(4).standard_normal((48, 20)), moment(48, 2), orthogonal(48, "hadamard", 0)
+    start = kashin.decompose(W, q)
+    made = pairs.free_pairs(start, 16, 0) if free else pairs.all_pairs(start, 4)
+    curve = [loss(W, C, made.values)]
+    for _ in range(4):
+        made = pairs.refitted_pairs(W, C, made, 1)
+        curve.append(loss(W, C, made.values))
+    assert all(b <= a * (1 + 1e-9) for a, b in itertools.pairwise(curve))
+    assert curve[-1] < 0.6 * curve[0]
+    assert len(made.levels) == 16
+    np.testing.assert_allclose(
+        made.values,
+        made.levels[made.codes][..., 0] + kashin.rotated_back(made.levels[made.codes][..., 1], q, None),
+        atol=1e-12,
+    )
+
+
+def test_no_single_code_can_better_refitted_pairs() -> None:
+    """Brute force: of all codes at all places, once the turns changed nothing any more."""
+    W, C, q = np.random.default_rng(5).standard_normal((8, 2)), moment(8, 3), orthogonal(8, "random", 0)
+    made = pairs.refitted_pairs(W, C, pairs.free_pairs(kashin.decompose(W, q), 4, 0), 40)
+    least = loss(W, C, made.values)
+    for i, j, code in itertools.product(range(8), range(2), range(4)):
+        codes = made.codes.copy()
+        codes[i, j] = code
+        assert loss(W, C, replace(made, codes=codes).values) >= least * (1 - 1e-9)
+
+
+def test_levels_are_the_least_squares_ones() -> None:
+    W, C, q = np.random.default_rng(6).standard_normal((12, 3)), moment(12, 4), orthogonal(12, "random", 0)
+    start = pairs.all_pairs(kashin.decompose(W, q), 3)
+    made = pairs._with_better_levels(W, C, start)
+    S = np.linalg.cholesky(C).T
+    columns = [S @ (start.u[start.codes] == k) for k in range(3)]
+    columns += [S @ kashin.rotated_back((start.v[start.codes] == k).astype(float), q, None) for k in range(3)]
+    A = np.stack([c.ravel() for c in columns], axis=1)
+    best = np.linalg.lstsq(A, (S @ W).ravel(), rcond=None)[0]
+    np.testing.assert_allclose(np.concatenate([made.a, made.b]), best, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", sorted(hostile()))
+def test_hostile_weights(case: str) -> None:
+    """Finite, and nothing lost beside k-means or the four steps."""
+    W = hostile()[case]
+    K = len(W)
+    C, q = moment(K, 5), orthogonal(K, "random", 0)
+    for start in (kashin.decompose(W, q, steps=30), kashin.four_steps(W, q)[0]):
+        for made in (pairs.free_pairs(start, 16, 0), pairs.all_pairs(start, 3)):
+            refitted = pairs.refitted_pairs(W, C, made, 2)
+            assert np.isfinite(refitted.values).all() and np.isfinite(refitted.levels).all()
+            assert loss(W, C, refitted.values) <= loss(W, C, made.values) * (1 + 1e-9) + 1e-12
+        for name in ("quarters", "int4-0s32"):
+            for codes in kashin.refitted_codes(W, start, storage(name), C, 2):
+                assert np.isfinite(codes.values).all()

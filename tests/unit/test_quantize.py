@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
+import scipy.optimize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -207,6 +210,50 @@ def test_exact_correction_is_the_whitened_optimum() -> None:
     assert lost["exact"] < min(lost["plain"], lost["scaled"])
     with pytest.raises(KeyError):
         correction(E, C, 3, "other")
+
+
+@pytest.mark.parametrize("shape", ((20, 9), (9, 20)))
+def test_a_two_sided_correction_is_the_optimum_too(shape: tuple[int, int]) -> None:
+    """tr((E - A B)^T C (E - A B) G): what is left are the smallest singular values of S^T E R, whichever side is the shorter."""
+    E, C, G = weight(*shape, 1), moment(shape[0], 2), moment(shape[1], 3)
+    S, R = np.linalg.cholesky(C), np.linalg.cholesky(G)
+    energy = np.linalg.svd(S.T @ E @ R, compute_uv=False) ** 2
+    for rank in (1, 4, 9):
+        left = E - np.matmul(*correction(E, C, rank, G=G))
+        assert float(np.vdot(C @ left, left @ G)) == pytest.approx(
+            float(energy[rank:].sum()), rel=1e-8, abs=1e-9 * energy.sum()
+        )
+    with pytest.raises(np.linalg.LinAlgError):
+        correction(E, C, 2, G=-G)
+
+
+def test_no_search_finds_a_better_correction() -> None:
+    """Brute force: a minimizer over A and B, from many starts, ends no lower, and in one of them as low."""
+    E, C, rank = weight(5, 4, 1), moment(5, 2), 2
+    best = loss(E, C, np.matmul(*correction(E, C, rank)))
+
+    def lost(x: Array) -> float:
+        return loss(E, C, x[:10].reshape(5, rank) @ x[10:].reshape(rank, 4))
+
+    rng = np.random.default_rng(0)
+    found = min(scipy.optimize.minimize(lost, rng.standard_normal(18), method="BFGS").fun for _ in range(8))
+    assert found == pytest.approx(best, rel=1e-5)
+
+
+@given(
+    K=st.integers(2, 24),
+    N=st.integers(1, 24),
+    seed=st.integers(0, 99),
+    kind=st.sampled_from(("plain", "scaled", "exact")),
+)
+@FEW
+def test_a_higher_rank_never_loses_more(K: int, N: int, seed: int, kind: str) -> None:
+    """By what the kind makes small: the weight itself, its rows scaled, or the product."""
+    E, C = weight(K, N, seed), moment(K, seed + 1)
+    by = {"plain": np.eye(K), "scaled": np.diag(np.diagonal(C)), "exact": C}[kind]
+    curve = [loss(E, by, np.matmul(*correction(E, C, r, kind))) for r in range(1, min(K, N) + 1)]
+    assert all(b <= a * (1 + 1e-9) for a, b in itertools.pairwise(curve))
+    assert curve[-1] <= 1e-9 * loss(E, by, 0 * E)
 
 
 def test_alternating_is_no_worse_than_once() -> None:
