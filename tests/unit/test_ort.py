@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
+from onnx import TensorProto, helper
 
 pytest.importorskip("onnxruntime")
 
@@ -15,7 +17,7 @@ from lrcompile.interfaces import BuildOptions
 from lrcompile.records import EngineOptions, ShapeRange
 from lrcompile.registry import runtime_of
 from lrcompile_runtimes._ort_devices import TARGETS, provider_options
-from lrcompile_runtimes._ort_nodes import _harmless
+from lrcompile_runtimes._ort_nodes import _harmless, _read
 from tests.graphs import model, node, normal, proto
 
 
@@ -87,3 +89,17 @@ def test_what_may_run_on_the_cpu_beside_a_gpu() -> None:
     assert {name for name, fine in named.items() if fine} == {"shape", "concat", "cast", "root", "best"}
     assert typed["Mul"] is False
     assert typed["Sqrt"] is True
+
+
+def test_an_optimized_model_with_a_constant_twice_is_read(tmp_path: Path) -> None:
+    """As ONNX Runtime 1.31.1 writes some bodies: the same constant as initializer and as node."""
+    one = helper.make_tensor("one", TensorProto.FLOAT, [], [1.0])
+    out = helper.make_tensor_value_info("z", TensorProto.FLOAT, [])
+    nodes = [node("Constant", [], ["one"], name="twice", value=one), node("Neg", ["one"], ["z"], name="neg")]
+    body = helper.make_graph(nodes, "body", [], [out], [one])
+    choice = node("If", ["x"], ["y"], name="if", then_branch=body, else_branch=body)
+    path = tmp_path / "model.onnx"
+    onnx.save(proto([choice], {"x": ((), np.bool_)}, ["y"]), path)
+    with pytest.raises(ir.serde.SerdeError):
+        ir.load(path)
+    assert sorted(n.name or "" for n in _read(path).graph.all_nodes()) == ["if", "neg", "neg"]
