@@ -66,6 +66,7 @@ def find(model: ir.Model) -> Finding:
     ranks = {value: len(shape) for value, shape in shapes.items()}
     finite: dict[int, bool] = {}
     sites: list[Site] = []
+    spoiling: list[ir.Node] = []
     used: set[str] = set()
     weights: dict[ir.Value, str] = {}  # both branches of an If may have a constant of the same name
     for body, node in nodes(model):
@@ -81,13 +82,15 @@ def find(model: ir.Model) -> Finding:
             site = replace(site, weight=weights[stored])
             if site.refusal is None and body.function is not None:
                 site = replace(site, refusal="stands in a local function that could not be inlined")
-            if site.refusal is None and not _is_finite(site, finite):
-                logger.warning(
-                    "%s: the weight %s holds NaN or Inf and is left as it is", site.name, site.weight
-                )
-                site = replace(site, refusal=_NOT_FINITE)
+            if not _is_finite(site, finite):
+                spoiling.append(node)
+                if site.refusal is None:
+                    logger.warning(
+                        "%s: the weight %s holds NaN or Inf and is left as it is", site.name, site.weight
+                    )
+                    site = replace(site, refusal=_NOT_FINITE)
             sites.append(replace(site, name=_unique(site.name, used)))
-    spoiled = reached_from(model, [s.node for s in sites if s.refusal == _NOT_FINITE])
+    spoiled = reached_from(model, spoiling)
     sites = [replace(s, refusal=_SPOILED) if s.refusal is None and s.node in spoiled else s for s in sites]
     return Finding(tuple(sites), groups_of(sites, shapes))
 

@@ -10,13 +10,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.interpolate import RBFInterpolator
 
 from lrcompile.interfaces import Array, Factorization
 from lrcompile.records import Candidate, Group, Kind, Site
+
+if TYPE_CHECKING:
+    from scipy.interpolate import RBFInterpolator
 
 _FEWEST = 6  # points that a trend over four logarithms needs
 
@@ -185,6 +187,8 @@ def _fitted(timings: Sequence[Timing]) -> RBFInterpolator | None:
     seconds = np.log([t.seconds for t in timings])
     varied = np.ptp(places, axis=0) > 0
     degree = 1 if np.linalg.matrix_rank(places[:, varied] - places[0, varied]) == varied.sum() else 0
+    from scipy.interpolate import RBFInterpolator  # slow to import, and seldom needed
+
     fitted = RBFInterpolator(places[:, varied], seconds, kernel="linear", degree=degree)
     return _OverVaried(fitted, varied)
 

@@ -7,9 +7,10 @@ It needs no script, no network and no other file; equal manifests give equal byt
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from lrcompile.report.curve import tradeoff_file
 from lrcompile.report.families import families_file
@@ -25,6 +26,12 @@ def render(document: Mapping[str, Any], notes: Sequence[str]) -> str:
     notes: sentences about this run which the manifest has no place for. Where the manifest holds a `config` (what `config.yaml`
     says), the page also tells what was asked for and whether a limit was set; where it holds a `tradeoff`, what else was tried.
     """
+    return _page().render(view=view(document, notes), document=document)
+
+
+@cache
+def _page() -> Template:
+    """Compiled once: that takes as long as all the rest of the page."""
     page = Environment(
         loader=PackageLoader("lrcompile.report", ""), autoescape=True, finalize=clean, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
@@ -32,4 +39,4 @@ def render(document: Mapping[str, Any], notes: Sequence[str]) -> str:
     page.filters.update(
         cosine=cosine, count=count, figure=figure, percent=percent, short=short, breakable=breakable
     )
-    return page.get_template("report.html.j2").render(view=view(document, notes), document=document)
+    return page.get_template("report.html.j2")

@@ -10,11 +10,11 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
-import textwrap
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -23,24 +23,21 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from lrcompile.store import check_folder
+from tests import struck
 
 pytestmark = pytest.mark.timeout(180)
 
-SCRIPT = """
-import sys
-from pathlib import Path
-import lrcompile
-from lrcompile.errors import LrcompileError
-from lrcompile.records import Budget
 
-model, out, cache = map(Path, sys.argv[1:4])
-options = lrcompile.Options(budget=Budget(keep=0.5), methods=("svd-plain",), cache=cache, force="force" in sys.argv)
-try:
-    lrcompile.compile(model, out, options)
-except LrcompileError as error:
-    print(error, file=sys.stderr)
-    sys.exit(error.exit_code)
-"""
+class Compile(NamedTuple):
+    """A process that compiles, and the file that holds what it says."""
+
+    process: ForkServerProcess
+    said: Path
+
+    def result(self) -> tuple[int, str]:
+        self.process.join()
+        assert self.process.exitcode is not None
+        return self.process.exitcode, self.said.read_text().strip()
 
 
 class Place:
@@ -51,6 +48,7 @@ class Place:
         self.parent = folder / "place"
         self.out = self.parent / "out"
         self.cache = folder / "cache"
+        self.started = 0
         self.parent.mkdir()
         rng = np.random.default_rng(0)
         weights = [rng.standard_normal((384, 384)).astype(np.float32) / 16 for _ in range(2)]
@@ -72,15 +70,14 @@ class Place:
             self.model,
         )
 
-    def start(self, *words: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", textwrap.dedent(SCRIPT), self.model, self.out, self.cache, *words]
-        return subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
+    def start(self, *, force: bool = False) -> Compile:
+        self.started += 1
+        said = self.cache.with_name(f"said-{self.started}")
+        return Compile(struck.start(self.model, self.out, self.cache, said, force), said)
 
-    def run(self, *words: str) -> tuple[int, str]:
+    def run(self, *, force: bool = False) -> tuple[int, str]:
         """Exit code and what was said."""
-        process = self.start(*words)
-        _, said = process.communicate()
-        return process.returncode, said.strip()
+        return self.start(force=force).result()
 
     def beside(self) -> list[str]:
         """What is in OUT's parent."""
@@ -96,19 +93,20 @@ def place(tmp_path: Path) -> Place:
     return Place(tmp_path)
 
 
-def strike(process: subprocess.Popen[str], moment: Callable[[], bool], number: int) -> bool:
+def strike(compiling: Compile, moment: Callable[[], bool], number: int) -> bool:
     """Send a signal at the first moment that the condition holds; False when the process ended before."""
-    while process.poll() is None:
+    process = compiling.process
+    assert process.pid is not None
+    while process.is_alive():
         with contextlib.suppress(OSError):
             if moment():
                 children = psutil.Process(process.pid).children(recursive=True)
-                process.send_signal(number)
-                process.communicate()
+                os.kill(process.pid, number)
+                process.join()
                 _, alive = psutil.wait_procs(children, timeout=20)
                 assert not alive, "a child outlived its parent"
                 return True
-        time.sleep(0.0005)
-    process.communicate()
+        time.sleep(0.002)
     return False
 
 
@@ -133,14 +131,14 @@ def test_kill_and_run_again(place: Place) -> None:
         assert {key: now[key] for key in kept} == kept, "an array was computed twice"
         kept = now
     assert len(kept) >= 3
-    assert place.run("force") == (0, "")
+    assert place.run(force=True) == (0, "")
     assert place.beside() == ["out"]
     check_folder(place.out)
     assert {key: value for key, value in place.kept().items() if key in kept} == kept
     assert list((place.cache / "scratch").iterdir()) == []
     # Killed while it replaces a folder: the old one is still whole.
     before = (place.out / "lrcompile.json").read_bytes()
-    assert strike(place.start("force"), lambda: staged(place, "model.onnx"), signal.SIGKILL)
+    assert strike(place.start(force=True), lambda: staged(place, "model.onnx"), signal.SIGKILL)
     assert (place.out / "lrcompile.json").read_bytes() == before
     check_folder(place.out)
 
@@ -153,10 +151,9 @@ def test_interrupt(place: Place) -> None:
 
 
 def test_two_at_once(place: Place) -> None:
-    processes = [place.start(), place.start()]
-    said = [process.communicate()[1].strip() for process in processes]
-    assert sorted(process.returncode for process in processes) == [0, 2]
-    (loser,) = [text for text, process in zip(said, processes, strict=True) if process.returncode]
+    ended = [compiling.result() for compiling in (place.start(), place.start())]
+    assert sorted(code for code, _ in ended) == [0, 2]
+    (loser,) = [said for code, said in ended if code]
     assert "another lrcompile is writing" in loser
     assert len(loser.splitlines()) == 1
     assert place.beside() == ["out"]

@@ -7,7 +7,6 @@ What is fused depends on the graph alone, so factors are made up: every group th
 from __future__ import annotations
 
 import functools
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -29,11 +28,12 @@ from lrcompile.registry import factorization, runtime_of
 from lrcompile.rewrite import rewrite
 from lrcompile.sites import find
 from lrcompile.weights import storage_of
+from tests.recipes import exported
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
+pytest.importorskip("torch")
 
-ROOT = Path(__file__).resolve().parents[2]
 TARGET = "ort-cpu"
 METHODS = ("svd-plain", "pivoted", "slicing")
 ATTENTIONS = {"minilm": 6, "tiny_vlm": 2, "tiny_llama": 2, "smollm2": 30}  # that onnxscript fuses
@@ -61,17 +61,6 @@ class Counted:
 
         made = fused.fuse(model, runtime_of(TARGET).fusions(TARGET), {}, nodes_of, always=True)
         return cls(model, seen[0], made)
-
-
-def exported(name: str) -> Path:
-    """The recipe's folder in `build/models`, made when it is not there."""
-    folder = ROOT / "build" / "models" / name
-    if not (folder / "model.onnx").is_file():
-        pytest.importorskip("torch")
-        command = [sys.executable, str(ROOT / "models" / f"{name}.py"), "-o", str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-2000:]
-    return folder
 
 
 def saved(model: ir.Model, folder: Path) -> Path:

@@ -20,6 +20,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from tests.recipes import exported
+
 ROOT = Path(__file__).resolve().parents[2]
 
 torch = pytest.importorskip("torch")
@@ -97,8 +99,10 @@ def symbols(value: ir.Value) -> list[Any]:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_tiny_llama(tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_recipe("tiny_llama", tmp_path / "out", *(["--tied"] if tied else []))
-    graph = ir.load(tmp_path / "out" / "model.onnx").graph
+    out = tmp_path / "out" if tied else exported("tiny_llama")
+    if tied:
+        run_recipe("tiny_llama", out, "--tied")
+    graph = ir.load(out / "model.onnx").graph
     interface = {v.name: symbols(v) for v in (*graph.inputs, *graph.outputs)}
     assert interface["attention_mask"] == ["batch", "past + sequence"]
     assert interface["past_key_values.1.value"] == ["batch", 2, "past", 32]
@@ -112,8 +116,8 @@ def test_tiny_llama(tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert (len(tables), users) == ((1, ["Gather", "Transpose"]) if tied else (2, ["Gather", "MatMul"]))
 
     module = recipe("tiny_llama", monkeypatch).make(tied)
-    run = Session(tmp_path / "out" / "model.onnx")
-    feeds = [load(path) for path in sorted((tmp_path / "out" / "calib").glob("*.npz"))]
+    run = Session(out / "model.onnx")
+    feeds = [load(path) for path in sorted((out / "calib").glob("*.npz"))]
     assert {feed["past_key_values.0.key"].shape[2] for feed in feeds} == {0, 32}
     for batch, length, cut in ((1, 2, 1), (3, 9, 4), (2, 5, 4)):  # whole, and in two parts with a cache
         ids = np.random.default_rng(length).integers(2048, size=(batch, length))
@@ -156,9 +160,8 @@ def test_open_nsfw(tmp_path: Path) -> None:
 # -- real models -------------------------------------------------------------------------------------------------------
 
 
-def test_minilm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "out"
-    run_recipe("minilm", out)
+def test_minilm(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = minilm
     graph = ir.load(out / "model.onnx").graph
     assert [value.name for value in graph.outputs] == ["last_hidden_state", "sentence_embedding"]
     assert [symbols(value) for value in graph.inputs] == [["batch", "sequence"]] * 2

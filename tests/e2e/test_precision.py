@@ -16,11 +16,10 @@ import lrcompile
 from lrcompile.precision import convert, widened
 from lrcompile.records import Precision
 from lrcompile.store import save_model
+from tests.recipes import exported
 
 pytest.importorskip("torch")
 ort = pytest.importorskip("onnxruntime")
-
-ROOT = Path(__file__).resolve().parents[2]
 
 # Parses, and when asked builds for a GPU that need not be here. In a process of its own: builders crash.
 BUILD = """
@@ -47,16 +46,8 @@ if sys.argv[2] == "build":
 
 @pytest.fixture(scope="module")
 def tiny() -> dict[str, Path]:
-    """Folders of the models that need no download, kept in `build/models`: to export one takes half a minute."""
-    made = {}
-    for name in ("tiny_llama", "tiny_vlm"):
-        made[name] = ROOT / "build" / "models" / name
-        if (made[name] / "model.onnx").is_file():
-            continue
-        command = [sys.executable, str(ROOT / "models" / f"{name}.py"), "-o", str(made[name])]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-2000:]
-    return made
+    """Folders of the models that need no download."""
+    return {name: exported(name) for name in ("tiny_llama", "tiny_vlm")}
 
 
 def feeds(folder: Path) -> list[dict[str, np.ndarray]]:

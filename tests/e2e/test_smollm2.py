@@ -17,6 +17,7 @@ import pytest
 import lrcompile
 from lrcompile.store import check_folder
 from tests.e2e.test_big import compiled, limit
+from tests.recipes import exported
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,12 +32,7 @@ BOUND = limit(49152, 576)  # the table
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The folder with model.onnx, calib/, heldout/ and heldout_other/."""
-    folder = ROOT / "build" / "models" / "smollm2"
-    if not (folder / "heldout_other").is_dir():
-        command = [sys.executable, str(ROOT / "models" / "smollm2.py"), "-o", str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-2000:]
-    return folder
+    return exported("smollm2")
 
 
 def test_what_is_found(smollm2: Path) -> None:

@@ -25,6 +25,7 @@ from lrcompile.rewrite import rewrite
 from lrcompile.store import Cache
 from lrcompile.storing import legal
 from tests.contract import test_factorizations as contract
+from tests.recipes import exported
 
 pytest.importorskip("tensorrt_rtx")
 
@@ -45,16 +46,6 @@ def child(engines: ModuleType) -> Iterator[Child]:
         yield child
 
 
-def model_of(recipe: str, *options: str) -> Path:
-    """Its file under `build/models`, made there unless it is there already."""
-    folder = ROOT / "build" / "models" / recipe
-    if not (folder / "model.onnx").is_file():
-        command = [sys.executable, str(ROOT / "models" / f"{recipe}.py"), "-o", str(folder), *options]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-2000:]
-    return folder / "model.onnx"
-
-
 def check(built: Built, model: Path, capabilities: tuple[str, ...]) -> None:
     """The engine is for these GPUs, computes in the graph's types, and stores no weight twice."""
     described = dict(built.describe)
@@ -69,10 +60,8 @@ FAST, SLOW = ("8.6", "12.0"), [("8.0",), ("8.6",), ("8.9",), ("12.0",)]
 
 
 @pytest.mark.parametrize("recipe", ["minilm", "tiny_llama", "tiny_vlm"])
-def test_models(
-    recipe: str, engines: ModuleType, child: Child, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    model = request.getfixturevalue("minilm") / "model.onnx" if recipe == "minilm" else model_of(recipe)
+def test_models(recipe: str, engines: ModuleType, child: Child, tmp_path: Path) -> None:
+    model = exported(recipe) / "model.onnx"
     check(engines.build(model, tmp_path / "engine.rtx", FAST, child), model, FAST)
 
 
@@ -82,7 +71,7 @@ def test_models(
 def test_models_for_every_gpu(
     recipe: str, capabilities: tuple[str, ...], engines: ModuleType, child: Child, tmp_path: Path
 ) -> None:
-    model = model_of(recipe)
+    model = exported(recipe) / "model.onnx"
     check(engines.build(model, tmp_path / "engine.rtx", capabilities, child), model, capabilities)
 
 
@@ -90,13 +79,14 @@ def test_models_for_every_gpu(
 @pytest.mark.parametrize("recipe", ["smollm2", "generated"])
 def test_large_models(recipe: str, engines: ModuleType, child: Child, tmp_path: Path) -> None:
     """generated: weights in an external file."""
-    options = ("--layers", "24", "--width", "1024") if recipe == "generated" else ()
-    model = model_of(recipe, *options) if recipe != "generated" else _generated(tmp_path, *options)
+    model = exported(recipe) / "model.onnx" if recipe != "generated" else _generated(tmp_path)
     check(engines.build(model, tmp_path / "engine.rtx", FAST, child), model, FAST)
 
 
-def _generated(folder: Path, *options: str) -> Path:
-    command = [sys.executable, str(ROOT / "models" / "generated.py"), "-o", str(folder), *options]
+def _generated(folder: Path) -> Path:
+    """24 MatMul of 1024 x 1024."""
+    command = [sys.executable, str(ROOT / "models" / "generated.py"), "-o", str(folder)]
+    command += ["--layers", "24", "--width", "1024"]
     subprocess.run(command, capture_output=True, check=True)
     return folder / "model.onnx"
 

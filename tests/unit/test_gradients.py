@@ -22,6 +22,7 @@ from lrcompile.records import Refusal
 from lrcompile.sites import find
 from tests.graphs import FLOAT32, Array, kind_of, model, node, normal, proto, run
 from tests.odd_graphs import corpus
+from tests.recipes import exported
 
 torch = pytest.importorskip("torch")
 ort = pytest.importorskip("onnxruntime")
@@ -646,17 +647,14 @@ def test_probes_of_nothing(name: str, z: Array) -> None:
 
 # --- real models --------------------------------------------------------------------------------------------------
 
-MODELS = Path(__file__).resolve().parents[2] / "build" / "models"
-
 
 @pytest.mark.parametrize(
     "name", ["minilm", "tiny_llama", "tiny_vlm", "open_nsfw", pytest.param("smollm2", marks=pytest.mark.slow)]
 )
 def test_real_models(name: str) -> None:
-    """Where their recipes have been run: every site has a derivative, and the values are the runtime's."""
-    folder = MODELS / name
-    if not (folder / "model.onnx").is_file():
-        pytest.skip(f"models/{name}.py has not been run")
+    """Every site has a derivative, and the values are the runtime's."""
+    pytest.importorskip("torch")
+    folder = exported(name)
     made = load(folder / "model.onnx").model
     data = folder / "calib.npz" if (folder / "calib.npz").is_file() else folder / "calib"
     feed = dict(next(iter(open_feeds(data, inputs_of(made), batch=2))))

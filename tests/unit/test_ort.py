@@ -7,7 +7,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
+from onnx import TensorProto, helper
 
 pytest.importorskip("onnxruntime")
 
@@ -16,7 +18,7 @@ from lrcompile.interfaces import BuildOptions
 from lrcompile.records import EngineOptions, ShapeRange
 from lrcompile.registry import runtime_of
 from lrcompile_runtimes._ort_devices import TARGETS, _dimensions, provider_options
-from lrcompile_runtimes._ort_nodes import _harmless, _may_stay
+from lrcompile_runtimes._ort_nodes import _harmless, _may_stay, _read
 from tests.graphs import model, node, normal, proto
 
 
@@ -112,3 +114,17 @@ def test_dimensions_of_a_fixed_shape(tmp_path: Path) -> None:
     fixed = ShapeRange("x", (3, 0, 4), (3, 0, 4), (3, 0, 4))
     assert _dimensions(path, [fixed]) == {"n": 3, "m": 0}
     assert _dimensions(path, [ShapeRange("x", (1, 0, 4), (3, 0, 4), (3, 0, 4))]) == {}
+
+
+def test_an_optimized_model_with_a_constant_twice_is_read(tmp_path: Path) -> None:
+    """As ONNX Runtime 1.31.1 writes some bodies: the same constant as initializer and as node."""
+    one = helper.make_tensor("one", TensorProto.FLOAT, [], [1.0])
+    out = helper.make_tensor_value_info("z", TensorProto.FLOAT, [])
+    nodes = [node("Constant", [], ["one"], name="twice", value=one), node("Neg", ["one"], ["z"], name="neg")]
+    body = helper.make_graph(nodes, "body", [], [out], [one])
+    choice = node("If", ["x"], ["y"], name="if", then_branch=body, else_branch=body)
+    path = tmp_path / "model.onnx"
+    onnx.save(proto([choice], {"x": ((), np.bool_)}, ["y"]), path)
+    with pytest.raises(ir.serde.SerdeError):
+        ir.load(path)
+    assert sorted(n.name or "" for n in _read(path).graph.all_nodes()) == ["if", "neg", "neg"]

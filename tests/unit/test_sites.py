@@ -326,6 +326,20 @@ def test_not_finite(bad: float, dtype: type, caplog: pytest.LogCaptureFixture) -
     assert "bad" in caplog.text and "beside" not in caplog.text
 
 
+def test_a_weight_that_is_left_anyway_spoils_what_follows() -> None:
+    """An Inf meets factors as Inf - Inf, whatever the reason why its weight is not rewritten."""
+    spoiled = W.copy()
+    spoiled[2, 1] = np.inf
+    nodes = [
+        node("MatMul", ["x", "w"], ["y"], name="bad"),
+        node("MatMul", ["y", "after"], ["z"], name="downstream"),
+    ]
+    made = model(nodes, X2, ["z", "w"], {"w": spoiled, "after": normal(N, 3)})
+    reasons = {s.name: s.refusal for s in find(made).sites}
+    assert reasons["bad"] == "the weight is an output of the graph"
+    assert reasons["downstream"] is not None and "NaN or Inf gave" in reasons["downstream"]
+
+
 @pytest.mark.parametrize("where", ["before", "inside"])
 def test_not_finite_through_a_loop(where: str) -> None:
     """What enters a Loop, and what it carries round, spoils the sites of its body too."""
