@@ -28,14 +28,14 @@ from lrcompile.errors import UsageError
 from lrcompile.factorize import factorize
 from lrcompile.factors import FactorSet
 from lrcompile.graph import DOMAIN
-from lrcompile.interfaces import Array
+from lrcompile.interfaces import Array, BuildOptions
 from lrcompile.lower import lower
 from lrcompile.plan import group_by_name
 from lrcompile.records import Decision, InputStatistics, Plan
-from lrcompile.registry import factorization
+from lrcompile.registry import factorization, runtime_of
 from lrcompile.rewrite import reconstructed, rewrite
 from lrcompile.sites import find
-from lrcompile.store import Cache
+from lrcompile.store import Cache, save_model
 from lrcompile.weights import ModelWeights
 
 _BITS = 255.0
@@ -269,6 +269,28 @@ def test_a_lone_weight_is_one_node_in_onnx_runtime(tmp_path: Path) -> None:
     proto = ir.to_proto(lower(rewrite(model, _sets(model, DYNAMIC, X, tmp_path)), ()))
     ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
     assert [n.op_type for n in ir.load(written).graph] == ["Mul", "DynamicQuantizeMatMul"]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_float8_is_judged_on_the_cpu(bias: bool, tmp_path: Path) -> None:
+    """ONNX Runtime's own fusion of it breaks without a bias; our engine goes on without the fusion."""
+    X, W = _outliers(60, 32, 8), np.random.default_rng(8).standard_normal((32, 16))
+    model = _model(W)
+    sets = _sets(model, FLOAT8, X, tmp_path)
+    made = lower(rewrite(model, sets), ())
+    if not bias:
+        add = made.graph[-1]
+        product, y = add.inputs[0], made.graph.outputs[0]
+        assert add.op_type == "Add" and product is not None
+        product.name, product.type, product.shape = "product", y.type, y.shape
+        made.graph.outputs[0] = product
+        made.graph.remove(add)
+    path = save_model(made, tmp_path)
+    with runtime_of("ort-cpu").build(path, BuildOptions("ort-cpu")) as engine:
+        (got,) = engine.run({"x": X.astype(np.float32)}).values()
+    factors = sets[0].load()
+    wanted = X @ factors["w"] + (factors["bias.0"] if bias else 0.0)
+    assert (np.abs(got - wanted) <= _allowed(sets[0], X)).all()
 
 
 def test_names() -> None:
