@@ -24,6 +24,7 @@ from lrcompile.activations import (
     smoothing,
     stand_in,
 )
+from lrcompile.child import Child
 from lrcompile.errors import UsageError
 from lrcompile.factorize import factorize
 from lrcompile.factors import FactorSet
@@ -291,6 +292,18 @@ def test_float8_is_judged_on_the_cpu(bias: bool, tmp_path: Path) -> None:
     factors = sets[0].load()
     wanted = X @ factors["w"] + (factors["bias.0"] if bias else 0.0)
     assert (np.abs(got - wanted) <= _allowed(sets[0], X)).all()
+
+
+@pytest.mark.parametrize("kind", [STATIC, FLOAT8])
+def test_tensorrt_rtx_builds_it_and_keeps_it_small(kind: str, tmp_path: Path) -> None:
+    """For two GPUs that are not here, in a child process."""
+    pytest.importorskip("tensorrt_rtx")
+    X, W = _outliers(60, 256, 9), np.random.default_rng(9).standard_normal((256, 128))
+    model = _model(W, readers=2)
+    path = save_model(lower(rewrite(model, _sets(model, kind, X, tmp_path)), ()), tmp_path)
+    with Child(timeout=120) as child:
+        said = child.call("tests.kept:by_rtx", str(path), ("8.9", "12.0"), "x", (0, 256))
+    assert int(said["weights"].split()[0]) <= 2 * 4 * W.size / 2
 
 
 def test_names() -> None:
