@@ -36,6 +36,7 @@ KINDS = (DYNAMIC, STATIC, FLOAT8)
 SMOOTH, STEP = "smooth", "step"  # factors beside `w`: (K,), what x is multiplied by; (), of static types
 _POWER = 0.5  # of a channel's range; on MiniLM 0.3 and 0.7 lose more
 _SIGMAS = 4.0  # how far an input reaches whose range was not watched
+_WORTH = 0.7  # of the noise without it: what smoothing must be below
 _LEAST = 1e-3  # of the largest range: what a channel that hardly moves counts as
 _DYNAMIC_BITS = 7
 _LARGEST = {STATIC: 127.0, FLOAT8: 448.0}
@@ -83,13 +84,17 @@ def reach_of(known: InputStatistics) -> tuple[Array, Array]:
 
 
 def smoothing(known: InputStatistics) -> Array:
-    """(K,), in float32's numbers: 1 / s."""
+    """(K,), in float32's numbers: 1 / s; ones where little is gained."""
     low, high = reach_of(known)
     far = np.maximum(-low, high)
     if not far.any():
         return np.ones(len(far))
     s = np.maximum(far, _LEAST * far.max()) ** _POWER
-    made: Array = (np.exp(np.log(s).mean()) / s).astype(np.float32).astype(np.float64)
+    s /= np.exp(np.log(s).mean())
+    before, after = high.max() - low.min(), (high / s).max() - (low / s).min()
+    if after**2 * np.square(s).mean() > _WORTH * before**2:  # noise of all channels together
+        return np.ones(len(far))
+    made: Array = (1.0 / s).astype(np.float32).astype(np.float64)
     return made
 
 
@@ -107,7 +112,7 @@ class Quantizer:
 
     @property
     def factors(self) -> Factors:
-        made = {SMOOTH: self.smooth}
+        made = {} if (self.smooth == 1.0).all() else {SMOOTH: self.smooth}
         return made if self.kind == DYNAMIC else {**made, STEP: np.array(self.step)}
 
     def coded(self, W: Array, moment: Array | None, sweeps: int) -> Coded:
@@ -176,10 +181,11 @@ def stand_in(W: Array, kind: str, known: InputStatistics, seed: int) -> Array:
 
 
 def product(
-    op: Builder, x: ir.Value, kind: str, given: dict[str, ir.Value], smooth: ir.Value, step: ir.Value | None, decoded: ir.Value | None
+    op: Builder, x: ir.Value, kind: str, given: dict[str, ir.Value], smooth: ir.Value | None, step: ir.Value | None, decoded: ir.Value | None
 ) -> ir.Value:  # fmt: skip
     """x W of a rounded x. given: the weight's codes ("") and scales ("scale"); decoded: of static types, what DequantizeLinear makes of them."""
-    x = op("Mul", x, smooth, name="smoothed")
+    if smooth is not None:
+        x = op("Mul", x, smooth, name="smoothed")
     if kind != DYNAMIC:
         assert step is not None and decoded is not None
         zero = np.zeros((), ml_dtypes.float8_e4m3fn if kind == FLOAT8 else np.int8)

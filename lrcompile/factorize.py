@@ -183,7 +183,7 @@ def _stored(array: Array, storage: ir.DataType) -> Array:
     if array.dtype.kind == "i":
         return np.ascontiguousarray(array, np.int32)
     with np.errstate(over="ignore"):  # what is too large for the type becomes Inf, which is looked for
-        return np.ascontiguousarray(array.astype(storage.numpy()))
+        return np.asarray(array.astype(storage.numpy()), order="C")  # a scalar stays one
 
 
 def _tag(name: str, array: Array) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from lrcompile.activations import quantizer
+from lrcompile.activations import SMOOTH, quantizer
 from lrcompile.factors import FactorSet
 from lrcompile.graph import FLOATS
 from lrcompile.interfaces import Array, Factorization, Factors, Rewrite
@@ -169,6 +169,7 @@ def _coded_factors(
     plain: dict[str, Array] = {}
     if form.activations is not None:
         plain = {n: a.astype(number.numpy()) for n, a in quantizer(form.activations, None, K).factors.items()}
+        plain[SMOOTH] = np.full(K, 0.5, number.numpy())
         shapes |= {n: a.shape for n, a in plain.items()}
 
     def codes() -> Mapping[str, Coded]:

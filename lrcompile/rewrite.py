@@ -330,7 +330,7 @@ def _call(
     elif (rounded_to := factors.decision.activations) is not None:
         static = STEP in factors.shapes
         y = product(
-            op, x, rounded_to, {} if static else inside.parts("w"), inside[SMOOTH],
+            op, x, rounded_to, {} if static else inside.parts("w"), inside[SMOOTH] if SMOOTH in factors.shapes else None,
             inside[STEP] if static else None, inside["w"] if static else None,
         )  # fmt: skip
     else:

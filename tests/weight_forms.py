@@ -250,6 +250,28 @@ def dynamic() -> onnx.ModelProto:
     return graph(nodes, {})
 
 
+def rounded_input(kind: str) -> onnx.ModelProto:
+    """The input in 8 bits too: with the step of each run, or with a given one."""
+    if kind == "dynamic":
+        nodes = [
+            node("DynamicQuantizeLinear", ["x"], ["q", "t", "z"], name="narrow"),
+            node("MatMulInteger", ["q", "w", "z"], ["i"], name="mul"),
+            node("Cast", ["i"], ["c"], to=F32, name="wide"),
+            node("Mul", ["t", "s"], ["ts"], name="scales"),
+            node("Mul", ["c", "ts"], ["y"], name="scale"),
+        ]
+        return graph(nodes, {"w": integers(np.int8, D, D), "s": np.full(D, 0.01, np.float32)})
+    dtype = np.dtype(np.int8 if kind == "int8" else ml_dtypes.float8_e4m3fn)
+    nodes = [
+        node("QuantizeLinear", ["x", "t", "z"], ["q"], name="narrow"),
+        node("DequantizeLinear", ["q", "t", "z"], ["r"], name="rounded"),
+        node("DequantizeLinear", ["w", "s"], ["d"], axis=1, name="wide"),
+        node("MatMul", ["r", "d"], ["y"], name="mul"),
+    ]
+    steps = {"t": np.array(0.05, np.float32), "z": np.zeros((), dtype), "s": np.full(D, 0.01, np.float32)}
+    return graph(nodes, {"w": integers(np.int8, D, D).astype(dtype), **steps})
+
+
 def non_zero() -> onnx.ModelProto:
     return graph([node("NonZero", ["x"], ["y"], name="where")], {}, y=I64)
 
@@ -282,6 +304,10 @@ ENCODINGS: Mapping[str, Callable[[], onnx.ModelProto]] = {
     "int4 cast": lambda: cast(ml_dtypes.int4),
     "int8 left": lambda: dequantized(np.int8, left=True),
     "int4/32 left": lambda: dequantized(ml_dtypes.int4, block=32, left=True),
+    # inputs rounded before they are multiplied
+    "input int8": lambda: rounded_input("dynamic"),
+    "input int8-static": lambda: rounded_input("int8"),
+    "input float8-static": lambda: rounded_input("float8"),
     "int8 rows": lambda: table(late=True),
     "int8 table": lambda: table(late=False),
     "Einsum": einsum,

@@ -33,7 +33,6 @@ _NO_PLUGIN = Verdict("the operator is a plugin that the parser does not find")
 _LOOSE = Verdict("a quantized constant may only be read by a DequantizeLinear")
 _NO_OPERATOR = Verdict("the parser has no such operator")
 _MIXED = Verdict("both operands of a MatMul must be of one type: a Cast is missing")
-_SLOWER = Verdict("it would only be slower there: int8 with the step of each run is for this target")
 _UNPACKS = Verdict(small=True, note="the whole weight is dequantized in every run")
 _FROM_ADA = Verdict(small=True, note="for compute capability 8.9 and later")
 
@@ -94,8 +93,10 @@ ENCODINGS: Mapping[str, Mapping[str, Verdict]] = {
     "input int8": _row(
         _SMALL, _NO_OPERATOR, cuda=Verdict("the provider has no kernel for DynamicQuantizeLinear")
     ),
-    "input int8-static": _row(_SLOWER, _SMALL),
-    "input float8-static": _row(_SLOWER, _SMALL),
+    "input int8-static": _row(_SMALL, _SMALL),
+    "input float8-static": _row(
+        Verdict("by default it fuses such products to an operator that has no float8"), _SMALL
+    ),
     # tables
     "int8 rows": _row(_SMALL, _LOOSE),
     "int8 table": _row(_UNPACKS, _SMALL),

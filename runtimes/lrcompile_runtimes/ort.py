@@ -218,6 +218,10 @@ class OrtRuntime:
         return (TransformerFusions(),)
 
     def supports(self, decision: Decision, target: str) -> Refusal | None:
+        if "static" in (decision.activations or "") and target in ("ort-cpu", "ort-cuda"):
+            return Refusal(
+                f"{target} rounds inputs with the step of each run, or not at all: nothing of it is faster"
+            )
         known = verdict(f"input {decision.activations}", target)
         return Refusal(f"{target}: {known.refused}") if known is not None and known.refused else None
 

@@ -24,6 +24,11 @@ FORMS = {
     "table": replace(PAIR, kind="lookup"),
     "head": replace(PAIR, transposed=True),
     "pivoted": replace(PAIR, method="pivoted"),
+    "int8": replace(DENSE, storage="int8"),
+    "4 bits in groups": replace(DENSE, storage="uint4"),
+    "2 bits": replace(DENSE, storage="uint2"),
+    "table in 4 bits": replace(DENSE, kind="lookup", K=16, widths=(32,), storage="uint4s16"),
+    "rounded input": replace(DENSE, storage="int8", activations="int8"),
     "folded": replace(PAIR, method="pivoted", permutes="out"),
 }
 
@@ -54,6 +59,12 @@ def test_the_nodes_are_those_of_the_form() -> None:
     plain, folded = operators(made(FORMS["pivoted"])), operators(made(FORMS["folded"]))
     assert plain["Concat"] == folded["Concat"] == 2
     assert plain["Gather"] - folded["Gather"] == 2  # the permutation of each copy
+
+
+def test_codes_and_rounded_inputs_are_in_the_graph() -> None:
+    assert operators(made(FORMS["4 bits in groups"]))["DequantizeLinear"] == 2
+    rounded = operators(made(FORMS["rounded input"]))
+    assert rounded["DynamicQuantizeLinear"] == rounded["MatMulInteger"] == 2 and rounded["MatMul"] == 0
 
 
 def test_it_computes_the_product_of_its_factors() -> None:
