@@ -6,7 +6,7 @@
     scales      float32, or float16 and Cast, or float8, Cast and one factor; one a column (axis 1) or one a block of rows (axis 0)
 
 Codes of ternary and sign types are integers with a zero point too. Numbers of a float8 are their own constant. Places in levels that were
-fitted are gathered from these, which runtimes do once when they load the file: there only the file is smaller. A table is read by
+fitted to two matrices are gathered from these, which runtimes do once when they load the file: there only the file is smaller. A table is read by
 row: codes and scales of the rows that are asked for are gathered, then decoded, so that the table is never decoded as a whole; its groups
 run along the row. DequantizeLinear is made once for each consumer, which lets runtimes keep the codes in memory.
 """
@@ -39,11 +39,14 @@ class Part:
 
 def parts_of(coded: Coded, *, by_row: bool = False) -> dict[str, Part]:
     """The constants, by the suffix of their name. by_row: of a table, whose transpose was coded."""
-    if coded.storage.fitted:
+    if coded.storage.together > 1:
         assert coded.levels is not None
         dtype = ir.DataType.UINT4 if coded.storage.bits == 4 else ir.DataType.UINT8
         codes = Part(dtype, coded.codes.astype(dtype.numpy()))
-        return {"": codes, "levels": Part(ir.DataType.FLOAT, coded.levels.astype(np.float32))}
+        levels, scales = (
+            Part(ir.DataType.FLOAT, a.astype(np.float32)) for a in (coded.levels, coded.scales[0, :, None])
+        )
+        return {"": codes, "levels": levels, "scale": scales}
     made = {**_codes(coded, by_row), **_scales(coded, by_row)}
     if (zeros := _zeros(coded)) is not None:
         dtype = ir.DataType.UINT8 if by_row else _integer(coded.storage)  # of rows that are gathered
@@ -146,9 +149,10 @@ def decode(
     name: str,
 ) -> ir.Value:
     """The nodes that make a matrix (K, N), or (K, N, n) of n with common codes, of its parts."""
-    if storage.fitted:
+    if storage.together > 1:
         places = op("Cast", given[""], name=f"{name}_places", to=ir.DataType.INT32)
-        numbers = op("Gather", given["levels"], places, name=f"{name}_numbers", axis=0)
+        normal = op("Gather", given["levels"], places, name=f"{name}_normal", axis=0)
+        numbers = op("Mul", normal, given["scale"], name=f"{name}_numbers")
         return (
             numbers if compute == ir.DataType.FLOAT else op("Cast", numbers, name=f"{name}_cast", to=compute)
         )

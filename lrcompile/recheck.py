@@ -214,7 +214,7 @@ def _coded(
     made: dict[str, Coded] = {}
     for name, shape in method.shapes(group, candidate_of(decision)).items():
         parts = {n[len(name) + 1 :]: t for n, t in tensors.items() if n == name or n.startswith(f"{name}.")}
-        if not parts.keys() & {"scale", "levels"}:
+        if "scale" not in parts:
             continue
         size = shape if isinstance(shape, tuple) else shape.shape
         kind = type_of(method, name, decision.storage)

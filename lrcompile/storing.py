@@ -51,7 +51,7 @@ LEGAL = {"reference": _ANY, "ort": _ANY, "trt": _TENSORRT}
 
 def legal(name: str, group: Group, target: str, *, folds: bool = False) -> Refusal | None:
     """None, or why a target does not take this storage type for this group. folds: it is decoded when the file is loaded."""
-    if name in FLOATS or (folds and storage(name).fitted):
+    if name in FLOATS or (folds and storage(name).together > 1):
         return None
     rules, kind, site = LEGAL[target.partition("-")[0]], storage(name), group.sites[0]
     if kind.whole or kind.fitted or (kind.levels and kind.bits == 4):

@@ -20,17 +20,24 @@ def coded_of(
     """The matrix of this shape, as it was coded (of a table the transpose); None where the constants are not those of such a one."""
     shape = shape[:2]
     groups, N = storage.groups(shape[0]), shape[1]
-    fitted = np.zeros((1 << storage.bits, *((storage.together,) if storage.together > 1 else ())))
+    fitted = np.zeros((1 << storage.bits, storage.together))
     zeros = np.zeros((groups, N)) if storage.zero_points else None
     blank = Coded(
-        storage, np.zeros(shape, np.int16), np.ones((groups, N)), zeros, fitted if storage.fitted else None
+        storage,
+        np.zeros(shape, np.int16),
+        np.ones((groups, N)),
+        zeros,
+        fitted if storage.together > 1 else None,
     )
     wanted = {n: (p.dtype, p.array.shape) for n, p in parts_of(blank, by_row=by_row).items()}
     if wanted != {n: (t.dtype, dims(t)) for n, t in parts.items()}:
         return None
     arrays = {n: t.numpy() for n, t in parts.items()}
-    if storage.fitted:
-        return replace(blank, codes=arrays[""].astype(np.int16), levels=arrays["levels"].astype(np.float64))
+    if storage.together > 1:
+        numbers = {n: arrays[n].astype(np.float64) for n in ("levels", "scale")}
+        return replace(
+            blank, codes=arrays[""].astype(np.int16), levels=numbers["levels"], scales=numbers["scale"].T
+        )
     factor = float(arrays["factor"]) if "factor" in arrays else 1.0
     scales = _by_group(arrays["scale"], groups, by_row).astype(np.float64) * factor
     return Coded(

@@ -36,8 +36,8 @@ SMALLEST = 1e-30  # a scale of nothing but zeros
 class Storage:
     """A storage type. group: numbers of a column that share a scale, 0 for the whole column. zero_points: stored in `bits` bits.
 
-    levels: ascending; empty: integers. fitted: the levels are fitted to the matrix (k-means) and stored beside it in float32; there is
-    no scale then. together: how many matrices of one shape share the codes, each with its own levels. whole: one scale for the whole
+    levels: ascending; empty: integers. fitted: the levels are fitted to the matrix (k-means) and stored beside it in float32. together:
+    how many matrices of one shape share the codes, each with its own levels. whole: one scale for the whole
     matrix. scale: the type of scales. positive: none of them is negative.
     """
 
@@ -135,9 +135,7 @@ def float8_codes(scales: Array, factor: float) -> Array:
 
 
 # Two matrices with one code: no type that a weight by itself could take.
-_TOGETHER = {
-    s.name: s for s in (Storage(f"pairs{n}", n, fitted=True, whole=True, together=2) for n in (4, 8))
-}
+_TOGETHER = {s.name: s for s in (Storage(f"pairs{n}", n, fitted=True, together=2) for n in (4, 8))}
 
 
 @cache

@@ -1,12 +1,13 @@
-"""One code for both of Kashin's factors: a place among few pairs of levels, W ~ a[u(c)] + Q b[v(c)] with c (K, N) the codes.
+"""One code for both of Kashin's factors: a place among few pairs of levels, W ~ (a[u(c)] + Q b[v(c)]) diag(s) with c (K, N) the codes.
 
 The pairs are free (the authors' form: u and v count the pairs themselves), or all of a few levels of U with all of a few of V: two
 small codes in one. From k-means of U and V both kinds are refitted to the loss tr(E^T C E), E = W - What, by turns:
 
     codes    row by row each at its best pair given all others (cyclic coordinate descent); a code moves an entry of U and one of V
     levels   all at once, given the codes: the normal equations, by conjugate gradients that need C E once a step
+    s        of each column the best, given both
 
-Neither can make it worse.
+None can make it worse.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ _STEPS = 12  # of conjugate gradients, at most
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pairs:
-    """a, b: levels of U and of V. u, v: (count,), which of them each code names. codes: (K, N)."""
+    """a, b: levels of U and of V. u, v: (count,), which of them each code names. codes: (K, N). scales: (N,)."""
 
     a: Array
     b: Array
     u: Array
     v: Array
     codes: Array
+    scales: Array
     left: Orthogonal
 
     @property
@@ -46,31 +48,36 @@ class Pairs:
 
     def _made(self, a: Array, b: Array) -> Array:
         made: Array = a[self.u][self.codes] + rotated_back(b[self.v][self.codes], self.left, None)
-        return made
+        return made * self.scales
 
 
-def free_pairs(start: Kashin, count: int, seed: int) -> Pairs:
+def scales_of(W: Array) -> Array:
+    """(N,): root mean squares of the columns, 1 where there is nothing. What is decomposed is W divided by them."""
+    size = np.sqrt(np.mean(np.square(W), axis=0))
+    return np.where(size > 0, size, 1.0)
+
+
+def free_pairs(start: Kashin, scales: Array, count: int, seed: int) -> Pairs:
     """`count` pairs by k-means in two dimensions."""
     centroids, codes = kmeans_pairs(start.U, start.V, count, seed)
     each = np.arange(count)
-    return Pairs(centroids[:, 0], centroids[:, 1], each, each, codes, start.left)
+    return Pairs(centroids[:, 0], centroids[:, 1], each, each, codes, scales, start.left)
 
 
-def all_pairs(start: Kashin, count: int) -> Pairs:
+def all_pairs(start: Kashin, scales: Array, count: int) -> Pairs:
     """All pairs of `count` levels each, by k-means of each factor."""
-    levels = [kmeans(X, count) for X in (start.U, start.V)]
-    u, v = (np.searchsorted((c[1:] + c[:-1]) / 2, X) for c, X in zip(levels, (start.U, start.V), strict=True))
-    return Pairs(
-        levels[0], levels[1], np.repeat(np.arange(count), count), np.tile(np.arange(count), count), u * count + v, start.left
-    )  # fmt: skip
+    a, b = kmeans(start.U, count), kmeans(start.V, count)
+    u, v = (np.searchsorted((c[1:] + c[:-1]) / 2, X) for c, X in ((a, start.U), (b, start.V)))
+    each = np.arange(count)
+    return Pairs(a, b, np.repeat(each, count), np.tile(each, count), u * count + v, scales, start.left)
 
 
 def refitted_pairs(W: Array, C: Array, start: Pairs, turns: int) -> Pairs:
-    """Codes and levels by turns, so many times."""
+    """Codes, levels and scales by turns, so many times."""
     made = start
     both = _stacked(C, start.left)
     for _ in range(turns):
-        made = _with_better_levels(W, C, _with_better_codes(W, C, made, both))
+        made = _with_better_scales(W, C, _with_better_levels(W, C, _with_better_codes(W, C, made, both)))
     return made
 
 
@@ -95,14 +102,14 @@ def _with_better_codes(W: Array, C: Array, made: Pairs, both: tuple[Array, Array
             g = slope_u[i] - uu[i, done] @ du - uv[i, done] @ dv
             h = slope_v[i] - uv[done, i] @ du - vv[i, done] @ dv
             now = levels[codes[i]]
-            by_u, by_v = (levels[:, k, None] - now[:, k] for k in (0, 1))  # (count, N)
+            by_u, by_v = ((levels[:, k, None] - now[:, k]) * made.scales for k in (0, 1))  # (count, N)
             change = (
                 by_u * (by_u * uu[i, i] - 2 * g)
                 + by_v * (by_v * vv[i, i] - 2 * h)
                 + 2 * uv[i, i] * by_u * by_v
             )
             codes[i] = change.argmin(axis=0)
-            moved[:, i - first] = (levels[codes[i]] - now).T
+            moved[:, i - first] = (levels[codes[i]] - now).T * made.scales
         slope_u -= uu[:, rows] @ moved[0] + uv[:, rows] @ moved[1]
         slope_v -= uv[rows].T @ moved[0] + vv[:, rows] @ moved[1]
     return replace(made, codes=codes)
@@ -115,6 +122,7 @@ def _with_better_levels(W: Array, C: Array, made: Pairs) -> Pairs:
 
     def by_level(slope: Array) -> Array:
         """The sums of a slope over the entries that hold each level."""
+        slope = slope * made.scales
         behind = rotated(slope, made.left, None)
         return np.concatenate(
             [
@@ -136,3 +144,10 @@ def _with_better_levels(W: Array, C: Array, made: Pairs) -> Pairs:
         residual = residual - step * ahead
         way, size = residual + (float(residual @ residual) / size) * way, float(residual @ residual)
     return replace(made, a=found[:split], b=found[split:])
+
+
+def _with_better_scales(W: Array, C: Array, made: Pairs) -> Pairs:
+    plain = replace(made, scales=np.ones(W.shape[1])).values
+    seen = C @ plain
+    above, below = np.sum(seen * W, axis=0), np.sum(seen * plain, axis=0)
+    return replace(made, scales=np.where(below > 0, above / np.where(below > 0, below, 1.0), made.scales))

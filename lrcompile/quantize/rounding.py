@@ -43,9 +43,8 @@ class Coded:
     @property
     def values(self) -> Array:
         """(K, N) float64: what the codes mean."""
-        if self.storage.fitted:
-            return self.normal
-        made: Array = self.normal * self._spread(self.scales)
+        scales = self._spread(self.scales)
+        made: Array = self.normal * (scales if self.storage.together == 1 else scales[..., None])
         return made
 
     @property

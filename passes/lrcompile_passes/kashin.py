@@ -6,9 +6,9 @@ Q is applied as a chain of small MatMuls, K (k1 + k2 + ..) MACs a row, never as 
 
     uniform 4      (-3, -1, 1, 3) c, one c a column: +-c1 +-c2 with c1 = 2 c2                    2 + 2 bits
     uniform 16     (-8, .., 7) c                                                                 4 + 4 bits
-    kmeans 3, 4    all pairs of 3 or 4 centroids of each factor, one joint code                  4 bits
+    kmeans 3, 4    all pairs of 3 or 4 centroids of each factor, one joint code, a scale a column      4 bits
     kmeans 16      the same of 16                                                                8 bits
-    pairs 16       16 free pairs of centroids, one joint code (Merkulov et al.)                  4 bits
+    pairs 16       16 free pairs of centroids (Merkulov et al.), likewise                        4 bits
 
 Uniform levels are integers that DequantizeLinear scales: engines keep both codes. Centroids are gathered from a table: an engine would keep its
 places in 32 bits (TensorRT) or decode it at load (ONNX Runtime, unless optimization.constant_folding_max_output_size_in_bytes
@@ -47,7 +47,8 @@ from lrcompile.interfaces import (
 )
 from lrcompile.quantize import Coded, Orthogonal, orthogonal, storage
 from lrcompile.quantize import kashin as mathematics
-from lrcompile.quantize.pairs import all_pairs, free_pairs, refitted_pairs
+from lrcompile.quantize.formats import round_scales
+from lrcompile.quantize.pairs import all_pairs, free_pairs, refitted_pairs, scales_of
 from lrcompile.records import FOLD, Candidate, Cost, Group, Refusal
 from lrcompile.weighing import Weighing, corrected_biases, known_by, weighing_of
 
@@ -191,7 +192,7 @@ def _start(W: Array, q: Orthogonal, levels: Levels) -> mathematics.Kashin:
     """Four sign steps for levels of each column, the decomposition itself for levels of the whole matrix."""
     if levels.kind == "uniform":
         return mathematics.four_steps(W, q)[0]
-    return mathematics.decompose(W, q, steps=_STEPS)
+    return mathematics.decompose(W / scales_of(W), q, steps=_STEPS)
 
 
 def _coded(
@@ -201,14 +202,16 @@ def _coded(
     if levels.kind == "uniform":
         u, v = mathematics.refitted_codes(W, start, storage(levels.storage), C, refits)
         return {"u": u, "v": v}
-    pairs = (
-        free_pairs(start, levels.count, seed) if levels.kind == "pairs" else all_pairs(start, levels.count)
-    )
+    if levels.kind == "pairs":
+        pairs = free_pairs(start, scales_of(W), levels.count, seed)
+    else:
+        pairs = all_pairs(start, scales_of(W), levels.count)
     made = refitted_pairs(W, np.eye(len(W)) if C is None else C, pairs, refits)
     kind = storage(levels.storage)
     table = np.zeros((1 << kind.bits, 2))
     table[: len(made.levels)] = made.levels.astype(np.float32)
-    return {"uv": Coded(kind, made.codes.astype(np.int16), np.ones((1, W.shape[1])), None, table)}
+    scales = round_scales(made.scales[None], kind.scale)
+    return {"uv": Coded(kind, made.codes.astype(np.int16), scales, None, table)}
 
 
 def _values(made: Mapping[str, Coded]) -> Factors:

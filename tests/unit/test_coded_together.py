@@ -175,7 +175,7 @@ def test_which_forms_there_are(tmp_path: Path) -> None:
             )
     notes = [c.note for c in kashin.candidates(group, weights, None, CandidateOptions())]
     assert all("times the weight's mean size" in n and "a step" in n for n in notes)
-    assert storage("pairs4").size(10, 10) == 400 + 2 * 16 * 32 + 32
+    assert storage("pairs4").size(10, 10) == 400 + 2 * 16 * 32 + 10 * 32
 
 
 def test_a_budget_between_two_types_takes_a_correction(tmp_path: Path) -> None:

@@ -151,8 +151,9 @@ def test_refits_that_see_the_data_lower_the_error_of_the_product(name: str) -> N
 def test_pairs_are_refitted(free: bool) -> None:
     """Each turn loses no more, and far less is left than of k-means alone."""
     W, C, q = np.random.default_rng(4).standard_normal((48, 20)), moment(48, 2), orthogonal(48, "hadamard", 0)
-    start = kashin.decompose(W, q)
-    made = pairs.free_pairs(start, 16, 0) if free else pairs.all_pairs(start, 4)
+    scales = pairs.scales_of(W)
+    start = kashin.decompose(W / scales, q)
+    made = pairs.free_pairs(start, scales, 16, 0) if free else pairs.all_pairs(start, scales, 4)
     curve = [loss(W, C, made.values)]
     for _ in range(4):
         made = pairs.refitted_pairs(W, C, made, 1)
@@ -161,7 +162,7 @@ def test_pairs_are_refitted(free: bool) -> None:
     assert curve[-1] < 0.6 * curve[0]
     assert len(made.levels) == 16
     np.testing.assert_allclose(
-        made.values,
+        made.values / made.scales,
         made.levels[made.codes][..., 0] + kashin.rotated_back(made.levels[made.codes][..., 1], q, None),
         atol=1e-12,
     )
@@ -170,7 +171,7 @@ def test_pairs_are_refitted(free: bool) -> None:
 def test_no_single_code_can_better_refitted_pairs() -> None:
     """Brute force: of all codes at all places, once the turns changed nothing any more."""
     W, C, q = np.random.default_rng(5).standard_normal((8, 2)), moment(8, 3), orthogonal(8, "random", 0)
-    made = pairs.refitted_pairs(W, C, pairs.free_pairs(kashin.decompose(W, q), 4, 0), 40)
+    made = pairs.refitted_pairs(W, C, pairs.free_pairs(kashin.decompose(W, q), np.ones(2), 4, 0), 40)
     least = loss(W, C, made.values)
     for i, j, code in itertools.product(range(8), range(2), range(4)):
         codes = made.codes.copy()
@@ -180,11 +181,12 @@ def test_no_single_code_can_better_refitted_pairs() -> None:
 
 def test_levels_are_the_least_squares_ones() -> None:
     W, C, q = np.random.default_rng(6).standard_normal((12, 3)), moment(12, 4), orthogonal(12, "random", 0)
-    start = pairs.all_pairs(kashin.decompose(W, q), 3)
+    start = pairs.all_pairs(kashin.decompose(W, q), np.array([0.5, 1.0, 2.0]), 3)
     made = pairs._with_better_levels(W, C, start)
     S = np.linalg.cholesky(C).T
-    columns = [S @ (start.u[start.codes] == k) for k in range(3)]
-    columns += [S @ kashin.rotated_back((start.v[start.codes] == k).astype(float), q, None) for k in range(3)]
+    where = [(start.u[start.codes] == k) * start.scales for k in range(3)]
+    where += [kashin.rotated_back((start.v[start.codes] == k) * start.scales, q, None) for k in range(3)]
+    columns = [S @ X for X in where]
     A = np.stack([c.ravel() for c in columns], axis=1)
     best = np.linalg.lstsq(A, (S @ W).ravel(), rcond=None)[0]
     np.testing.assert_allclose(np.concatenate([made.a, made.b]), best, atol=1e-6)
@@ -196,8 +198,9 @@ def test_hostile_weights(case: str) -> None:
     W = hostile()[case]
     K = len(W)
     C, q = moment(K, 5), orthogonal(K, "random", 0)
-    for start in (kashin.decompose(W, q, steps=30), kashin.four_steps(W, q)[0]):
-        for made in (pairs.free_pairs(start, 16, 0), pairs.all_pairs(start, 3)):
+    scales = pairs.scales_of(W)
+    for start in (kashin.decompose(W / scales, q, steps=30), kashin.four_steps(W, q)[0]):
+        for made in (pairs.free_pairs(start, scales, 16, 0), pairs.all_pairs(start, scales, 3)):
             refitted = pairs.refitted_pairs(W, C, made, 2)
             assert np.isfinite(refitted.values).all() and np.isfinite(refitted.levels).all()
             assert loss(W, C, refitted.values) <= loss(W, C, made.values) * (1 + 1e-9) + 1e-12
