@@ -10,7 +10,12 @@ from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[1]
 # what a recipe writes last
-_LAST = {"minilm": "heldout_other.npz", "smollm2": "heldout_other"}
+_LAST = {
+    "minilm": "heldout_other.npz",
+    "smollm2": "heldout_other",
+    "tiny_llama": "heldout",
+    "tiny_vlm": "heldout.npz",
+}
 
 
 def exported(name: str) -> Path:

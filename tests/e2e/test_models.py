@@ -132,11 +132,9 @@ def test_tiny_llama(tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         )
 
 
-def test_tiny_vlm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lrcompile.export import export
-
+def test_tiny_vlm(monkeypatch: pytest.MonkeyPatch) -> None:
     module = recipe("tiny_vlm", monkeypatch)
-    path = export(f"{ROOT / 'models' / 'tiny_vlm.py'}:make", tmp_path / "model.onnx")
+    path = exported("tiny_vlm") / "model.onnx"
     graph = ir.load(path).graph
     assert [symbols(value) for value in graph.inputs] == [["batch", 3, 32, 32], *[["batch", "sequence"]] * 2]
     assert len(constant_matmuls(graph)) == 2 * 6 + 2 + 2 * 6 + 1

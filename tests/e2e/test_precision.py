@@ -126,4 +126,4 @@ def test_tensorrt_rtx_refuses_types_that_do_not_agree(tiny: dict[str, Path], tmp
     done = subprocess.run(
         [sys.executable, "-c", BUILD, str(broken), "parse"], capture_output=True, text=True, check=False
     )
-    assert done.returncode != 0
+    assert done.returncode != 0 and "type" in done.stderr, done.stderr
