@@ -77,11 +77,17 @@ def shares_of(document: Mapping[str, Any], changed: Sequence[Site]) -> Iterator[
     yield Share("all parameters of the model", totals["parameters_before"], totals["parameters_after"])
 
 
+def stored(site: Site) -> str | None:
+    """The type of a weight, and of its input where that is rounded too."""
+    rounded = site.get("activations")
+    return f"{site['storage']}, input {rounded}" if rounded else site["storage"]
+
+
 def families_of(sites: Sequence[Site]) -> list[Family]:
     """Sites by fate and reason; those with most parameters first."""
     found: dict[tuple[str, str | None, str], list[Site]] = {}
     for s in sites:
-        found.setdefault((s["method"], s["storage"], s["reason"]), []).append(s)
+        found.setdefault((s["method"], stored(s), s["reason"]), []).append(s)
     made = [
         Family(
             *key, len(some), sum(s["parameters_before"] for s in some), sum(s["parameters_after"] for s in some),

@@ -185,6 +185,27 @@ def test_a_group_takes_the_time_of_all_its_readers() -> None:
     assert math.isfinite(law(form(8, 8, None), 1))
 
 
+def test_codes_and_rounded_inputs_have_times_of_their_own() -> None:
+    """A weight in few bits is not timed by the weight as it is, nor by another type's time."""
+    group = groups()["alone"]
+    site, method = group.sites[0], factorization("dense")
+    dense = Form("dense", "linear", site.K, (site.N,), None, site.dtype)
+    stored = replace(dense, storage="int8")
+    rounded = replace(stored, activations="int8")
+    form = Candidate("dense", None, Cost(0, 0, 0), 0.0, storage="int8")
+    rows = {site.name: 8}
+    table = EMPTY.with_timings([Timing(dense, 8, 3e-3), Timing(stored, 8, 2e-3)])
+    clock = Clock(table)
+    assert clock.of(group, None, None, rows) == 3e-3
+    assert clock.of(group, form, method, rows) == 2e-3
+    assert clock.of(group, replace(form, activations="int8"), method, rows) is None
+    assert clock.of(group, replace(form, storage="uint4"), method, rows) is None
+    clock = Clock(
+        CostTable.from_json(json.loads(json.dumps(table.with_timings([Timing(rounded, 8, 1e-3)]).to_json())))
+    )
+    assert clock.of(group, replace(form, activations="int8"), method, rows) == 1e-3
+
+
 def test_rows_behind_an_operator_that_onnx_does_not_know() -> None:
     """A fused attention of ONNX Runtime: what stands behind it meets as many rows as what stands before it."""
     nodes = [
