@@ -123,33 +123,32 @@ ROWS = (
     by_plain("tensor4"), by_plain("kmeans4"), kashin_joint(False), kashin_joint(True), kashin_columns("four steps", None, 4),
     kashin_columns("refitted", k.column_levels, 4), kashin_columns("k-means 4", k.to_kmeans(4), 4),
     kashin_columns("k-means 3", k.to_kmeans(3), 3), kashin_columns("uniform 4", k.to_uniform(4), 4), by_plain("int4-128s16"), by_plain("int4-32s16"),
-    by_plain("uint4-32s16"), by_plain("nf4"), by_search("uint4"), by_feedback("uint4-128"), by_feedback("uint4"),
+    by_plain("uint4-32s16"), by_plain("nf4"), by_search("uint4"), by_feedback("uint4-128"), by_feedback("uint4-64"), by_feedback("uint4"),
     with_correction("uint4-128", 8, "plain"), with_correction("uint4-128", 8, "exact"), by_plain("int3-32s16"), by_feedback("int3"),
-    by_feedback("uint3"), by_plain("int2-32s16"), by_plain("uint2"), by_feedback("uint2"), by_feedback("ternary"), by_feedback("sign"),
+    by_feedback("uint3-128"), by_feedback("uint3"), by_plain("int2-32s16"), by_plain("uint2"), by_feedback("uint2-128"), by_feedback("uint2"), by_feedback("ternary"), by_feedback("sign"),
     by_plain("int8"), by_feedback("int8"),
 )  # fmt: skip
-LINEAR = (
-    "--bits 8.5 --methods dense", "--bits 4.5 --methods dense", "--bits 4.5", "--bits 3.25 --methods dense", "--bits 2.25 --methods dense",
-    "--bits 4.38 --methods dense --storage uint4", "--bits 4.38 --methods dense", "--bits 2.32 --methods dense --storage uint2",
-    "--bits 2.32 --methods dense",
-)  # fmt: skip
-WHOLE = tuple(
-    f"--size {size}MB --storage auto --methods dense --include ."
-    for size in (30, 22.3, 18, 14, 12, 10, 8, 6.5)
+UNIFORM, MIXED = (
+    "--bits 3.1 --methods dense --no-refit --storage uint3-128",
+    "--bits 3.1 --methods dense --no-refit",
 )
+LINEAR = (
+    "--bits 8.5 --methods dense", "--bits 4.5 --methods dense", "--bits 3.25 --methods dense", "--bits 2.25 --methods dense", UNIFORM, MIXED,
+)  # fmt: skip
+WHOLE = tuple(f"--size {size}MB --storage auto --methods dense --include ." for size in (22.3, 14, 10, 8))
 TEXTS, TWO = (SAME, OTHER), "--bits 2.25 --methods dense"
 DRAWN = ("--bits 4.5 --methods dense", "--bits 3.25 --methods dense", TWO)
 PROMISES = (
     Promise("--bits 4.5 --methods dense", 0.985, 0.990),
     Promise("--bits 3.25 --methods dense", 0.90, 0.93, goals=(0.995, 0.98)),
-    Promise(WHOLE[1], 0.996, size=22.8e6),
-    Promise(WHOLE[3], 0.985, size=14.5e6),
+    Promise(WHOLE[0], 0.996, size=22.8e6),
+    Promise(WHOLE[1], 0.985, size=14.5e6),
 )
 EXPLAINED = (
     "Bits are all that is stored for those weights, over their numbers; errors are means over the weights, relative: of the weight, and of its product "
     "with its input. *feedback* sees the second moment of the inputs and lets biases absorb means; *clipped* searches the scales. Rows that begin "
     "with `--` are files that `lrcompile compile` published with these options: types mixed over the layers by what each moves the outputs by, and "
-    "each layer fitted to what the coded ones before it give. `--storage` with one type is the same without mixing."
+    "each layer fitted to what the coded ones before it give, but for `--no-refit`. `--storage` with one type is the same without mixing."
 )
 ABOUT_WHOLE = (
     "MB are the bytes of `model.onnx`; the original has {size:.1f}. Times are the original's over the file's, interleaved, 2 threads, ONNX Runtime on "

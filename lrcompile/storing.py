@@ -56,6 +56,8 @@ def legal(name: str, group: Group, target: str, *, folds: bool = False) -> Refus
     rules, kind, site = LEGAL[target.partition("-")[0]], storage(name), group.sites[0]
     if kind.whole or kind.fitted or (kind.levels and kind.bits == 4):
         return Refusal(f"{name} is a type for comparisons: no runtime keeps its codes small")
+    if any(s.kind == "conv" for s in group.sites) and target.startswith("trt"):
+        return Refusal(f"{name}: TensorRT takes no kernel of a Conv that is turned after it is decoded")
     if any(group.transposed):
         return Refusal(
             f"{name}: a head tied to a table reads the transpose, which runtimes decode as a whole"

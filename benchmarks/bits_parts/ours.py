@@ -22,7 +22,10 @@ SHAPES = {"one": (1, 128), "eight": (8, 128)}
 def compiled(lab: Lab, words: str) -> tuple[Path, Plan]:
     """The file that ``lrcompile compile`` with these options publishes, and the plan."""
     given = words.removeprefix("--").split(" --")
-    said = {name.replace("-", "_"): value for name, _, value in (option.partition(" ") for option in given)}
+    said = {
+        name.removeprefix("no-").replace("-", "_"): value or not name.startswith("no-")
+        for name, _, value in (option.partition(" ") for option in given)
+    }
     options = replace(
         options_from({**said, "cache": str(lab.cache.root), "force": True, "timeout": 3600.0}),
         data=list(lab.calibration),

@@ -154,6 +154,13 @@ class Window:
         """Points in the window."""
         return math.prod(self.kernel)
 
+    def attributes(self, group: int) -> dict[str, Any]:
+        """Of a Conv node that sees this, of so many groups."""
+        padding: dict[str, Any] = {"auto_pad": self.auto_pad} if self.auto_pad else {"pads": self.pads}
+        return {
+            "kernel_shape": self.kernel, "strides": self.strides, "dilations": self.dilations, "group": group, **padding,
+        }  # fmt: skip
+
     def along(self, axes: Collection[int]) -> Window:
         """The window along these axes, and a point along the others: what a Conv of these axes alone sees. Padding splits as well."""
         keep = [i in axes for i in range(self.rank)]

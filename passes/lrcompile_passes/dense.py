@@ -2,6 +2,8 @@
 
     y = x W,   parameters K N,   2 K N FLOPs a row,   error 0
 
+Of a Conv the columns of W are turned back into its kernel.
+
 Refuses nothing. It is the answer wherever no other form pays, and the one every budget may fall back to.
 """
 
@@ -23,13 +25,14 @@ from lrcompile.interfaces import (
     StatisticsSource,
     Weights,
 )
-from lrcompile.records import Candidate, Cost, Group, Refusal
+from lrcompile.records import Candidate, Cost, Group, Kind, Refusal
 
 
 class Dense:
     """Keeps the matrix."""
 
     name = "dense"
+    kinds: tuple[Kind, ...] = ("linear", "lookup", "conv")
     exact_at_full_rank = True
     needs_data = False
     only_by_name = False
@@ -71,6 +74,14 @@ class Dense:
             w = op("Transpose", w, name="w_t", perm=(1, 0))
         if call.kind == "lookup":
             return op("Gather", w, call.x, name="rows", axis=0)
+        if call.window is not None:
+            columns = op("Transpose", w, name="columns", perm=(1, 0))
+            shape = np.array([call.shapes["w"][1], -1, *call.window.kernel], np.int64)
+            kernel = op("Reshape", columns, op.constant(shape, "kernel_shape"), name="kernel")
+            bias = [call.bias] if call.bias is not None else []
+            return op(
+                "Conv", call.x, kernel, *bias, name="product", **call.window.attributes(call.window.group)
+            )
         return op("MatMul", call.x, w, name="product")
 
     def edits(self, group: Group, factors: Factors) -> Mapping[Constant, Array]:

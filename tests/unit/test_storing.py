@@ -88,14 +88,18 @@ def planned(
 
 
 def outputs(made: ir.Model) -> Array:
+    return run_model(made, {"ids": np.array([0, 7, -1])})["y"]
+
+
+def run_model(made: ir.Model, feed: Mapping[str, Array]) -> dict[str, Array]:
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(
         ir.to_proto(made).SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    (y,) = session.run(None, {"ids": np.array([0, 7, -1])})
-    return y
+    names = [o.name for o in session.get_outputs()]
+    return dict(zip(names, session.run(names, dict(feed)), strict=True))
 
 
 @pytest.mark.parametrize("name", ("int8", "int4", "uint4-16", "uint3", "uint2", "ternary", "sign"))
@@ -136,6 +140,36 @@ def test_what_is_emitted_is_what_the_codes_mean(tmp_path: Path, name: str, metho
     a, b = outputs(reconstructed(made, sets)), outputs(lowered)
     np.testing.assert_allclose(b, a, atol=2e-5 * np.abs(a).max())
     assert np.abs(outputs(made) - a).max() > 1e-4 * np.abs(a).max()  # it is another model
+
+
+@pytest.mark.parametrize(("name", "groups"), (("int8", 1), ("uint4", 1), ("uint3-128", 2)))
+def test_kernels_of_a_conv_are_coded(tmp_path: Path, name: str, groups: int) -> None:
+    """Strides, pads, dilations, groups and a bias: the graph computes what the codes mean."""
+    nodes = [
+        node(
+            "Conv", ["x", "w", "b"], ["y"], name="conv", kernel_shape=[3, 2], strides=[2, 1], pads=[1, 0, 0, 1], dilations=[1, 2],
+            group=groups,
+        )
+    ]  # fmt: skip
+    made = model(
+        nodes,
+        {"x": ((2, 8, 9, 7), np.float32)},
+        ["y"],
+        {"w": normal(12, 8 // groups, 3, 2), "b": normal(12)},
+        opset=18,
+    )
+    finding, weights = find(made), ModelWeights(Cache(tmp_path), 18)
+    problem = prepare(
+        finding, weights, None, (METHODS["dense"],), Budget(bits=20.0), target="ort-cpu", storages=(name,), whole=Whole(0, {})
+    )  # fmt: skip
+    sets = factorize(choose(problem), group_by_name(finding), weights, None, METHODS, 0)
+    assert [s.decision.storage for s in sets] == [name]
+    x = {"x": normal(2, 8, 9, 7)}
+    a, b = (run_model(m, x)["y"] for m in (reconstructed(made, sets), lower(rewrite(made, sets), ())))
+    np.testing.assert_allclose(b, a, atol=2e-5 * np.abs(a).max())  # sums of 48 in float32
+    assert np.abs(run_model(made, x)["y"] - a).max() > 1e-4 * np.abs(a).max()
+    no = legal("int8", sets[0].group, "trt-rtx")
+    assert no is not None and "Conv" in no.reason
 
 
 def test_biases_absorb_the_mean_of_what_rounding_changes(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -93,16 +92,9 @@ class Chain:
         for stage in stages:
             bias = [call.bias] if stage is stages[-1] and call.bias is not None else []
             groups = call.shapes[stage.name][0] if stage.depthwise else call.window.group
-            seen = _attributes(stage.window(call.window), groups)
+            seen = stage.window(call.window).attributes(groups)
             y = op("Conv", y, call.factors[stage.name], *bias, name=stage.name, **seen)
         return y
-
-
-def _attributes(window: Window, groups: int) -> dict[str, Any]:
-    padding: dict[str, Any] = {"auto_pad": window.auto_pad} if window.auto_pad else {"pads": window.pads}
-    return {
-        "kernel_shape": window.kernel, "strides": window.strides, "dilations": window.dilations, "group": groups, **padding,
-    }  # fmt: skip
 
 
 def composed(kernels: Sequence[Array], stages: Sequence[Stage], groups: int) -> Array:
