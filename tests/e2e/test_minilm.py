@@ -8,10 +8,12 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as common
 import pytest
 
 import lrcompile
@@ -85,36 +87,67 @@ def test_full_rank_changes_nothing(minilm: Path, work: Path, child: lrcompile.Ch
         assert figures.relative_l2 < 1e-5
 
 
-@pytest.mark.timeout(900)
+def test_the_default_against_svd_plain_on_two_layers(
+    minilm: Path, work: Path, child: lrcompile.Child
+) -> None:
+    """The first two of six layers, pooled: measured 0.9965 and 0.9949 against 0.900 and 0.902."""
+    compare(shallow(minilm / "model.onnx", work / "shallow.onnx", 2), minilm, work, child, 12)
+    judge(work / "shallow.onnx", minilm, work, {"heldout": 0.99, "heldout_other": 0.985}, margin=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_default_against_svd_plain(minilm: Path, work: Path, child: lrcompile.Child) -> None:
-    """`--keep 0.75` on the 36 MatMul, calibrated on 32 rows and judged on two texts that were not.
+    compare(minilm / "model.onnx", minilm, work, child, 36)
+    judge(minilm / "model.onnx", minilm, work, {"heldout": 0.93, "heldout_other": 0.88}, margin=0.2)
+
+
+def shallow(source: Path, target: Path, layers: int) -> Path:
+    """The model without the layers behind these: what the last of them gives is pooled."""
+    model = ir.load(source)
+    made = {node.name: node.outputs[0] for node in model.graph}
+    last, kept = (made[f"encoder.layer.{i}.output.LayerNorm/LayerNormalization"] for i in (5, layers - 1))
+    last.name, kept.name = f"{last.name}_of_all", last.name
+    ir.convenience.replace_all_uses_with(last, kept, replace_graph_outputs=True)
+    common.RemoveUnusedNodesPass()(model)
+    ir.save(model, target)
+    return target
+
+
+def compare(model: Path, data: Path, work: Path, child: lrcompile.Child, linear: int) -> None:
+    """`--keep 0.75` on the MatMul, calibrated on 32 rows, by `auto` and by `svd-plain`, published in folders of these names.
 
     The whole data is `tests/e2e/test_accuracy.py`'s.
     """
-    model, few = minilm / "model.onnx", small(minilm / "calib.npz", work / "calib.npz", 32)
-    verify = small(minilm / "heldout.npz", work / "few.npz", 16)
-    for method, data in {"auto": few, "svd-plain": None}.items():
+    few = small(data / "calib.npz", work / "calib.npz", 32)
+    verify = small(data / "heldout.npz", work / "few.npz", 16)
+    for method, given in {"auto": few, "svd-plain": None}.items():
         options = lrcompile.Options(
             budget=lrcompile.Budget(keep=0.75),
             methods=(method,),
-            data=data,
+            data=given,
             verify_data=verify,
             cache=work / "cache-keep",
+            force=True,
         )
         result = lrcompile.compile(model, work / method, options, child=child)
         rewritten = {s["name"] for s in result.manifest["sites"] if s["method"] != "dense"}
         assert rewritten and all(re.fullmatch(MATMULS, name) for name in rewritten)
         sites = [s for s in result.manifest["sites"] if s["op"] == "MatMul"]
+        assert len(sites) == linear
         kept = sum(s["parameters_after"] for s in sites) / sum(s["parameters_before"] for s in sites)
         assert 0.73 < kept <= 0.75
 
-    for text, least in (("heldout", 0.93), ("heldout_other", 0.88)):
-        data = small(minilm / f"{text}.npz", work / f"{text}.npz", 64)
-        want = embeddings(model, data)
-        found = {m: cosine(want, embeddings(work / m / "model.onnx", data)) for m in ("auto", "svd-plain")}
-        sys.stdout.write(f"MiniLM --keep 0.75, {text}: cosine {found}\n")
-        assert found["auto"] >= least
-        assert found["auto"] >= found["svd-plain"] + 0.2
+
+def judge(model: Path, data: Path, work: Path, least: Mapping[str, float], margin: float) -> None:
+    """Both on two texts that were not calibrated on; and what is published runs without us."""
+    for text, floor in least.items():
+        rows = small(data / f"{text}.npz", work / f"{text}.npz", 64)
+        want = embeddings(model, rows)
+        found = {m: cosine(want, embeddings(work / m / "model.onnx", rows)) for m in ("auto", "svd-plain")}
+        sys.stdout.write(f"{model.name} --keep 0.75, {text}: cosine {found}\n")
+        assert found["auto"] >= floor
+        assert found["auto"] >= found["svd-plain"] + margin
 
     # What is published needs nothing beside it.
     out = work / "auto"

@@ -421,6 +421,8 @@ def test_a_silent_float32_is_found() -> None:
     )
     assert layers.widened(made, {"a": half, "b": half, "c": full}) == made[:1]
     assert layers.widened(made, {"a": full, "b": half, "c": full}) == ()
+    # of a Pad the integers alone bear its name: the floats beside them are none of its making
+    assert layers.widened(made, {"a": frozenset({"int64"}), "b": frozenset({"int64"}), "c": full}) == ()
 
 
 @needs_rtx

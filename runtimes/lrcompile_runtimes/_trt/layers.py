@@ -15,6 +15,8 @@ _TYPES = {
     "int4": "int4", "uint8": "uint8", "bool": "bool",
 }  # fmt: skip
 
+_NARROW = frozenset({"float16", "bfloat16", "float8", "float4"})
+
 _LAYER = re.compile(
     r"^Name: (?P<name>.*?), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*?)\], (?:Constants: \[.*?\], )?"
     r"Outputs: \[(?P<outputs>.*?)\], TacticName: (?P<rest>.*)$",
@@ -89,14 +91,16 @@ def kinds(layers: Iterable[Layer]) -> dict[str, int]:
 
 
 def widened(layers: Iterable[Layer], wanted: Mapping[str, frozenset[str]]) -> tuple[Layer, ...]:
-    """Layers that touch float32 tensors though none of the nodes they compute has one.
+    """Layers that touch float32 tensors though the nodes they compute have narrower floats only.
 
-    wanted: types of inputs and outputs of every node in the network, by its name. A layer without origins is left out.
+    wanted: types of inputs and outputs of every node in the network, by its name: of a Pad only the integers that say how far are
+    under its name. A layer without origins is left out.
     """
-    return tuple(
-        layer
-        for layer in layers
-        if "float32" in layer.types
-        and layer.origins
-        and all(name in wanted and "float32" not in wanted[name] for name in layer.origins)
-    )
+
+    def is_widened(layer: Layer) -> bool:
+        if "float32" not in layer.types or not all(name in wanted for name in layer.origins):
+            return False
+        types = frozenset[str]().union(*(wanted[name] for name in layer.origins))
+        return "float32" not in types and bool(types & _NARROW)
+
+    return tuple(filter(is_widened, layers))
