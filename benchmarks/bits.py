@@ -35,8 +35,20 @@ from lrcompile.curves import decision_of
 from lrcompile.factors import FactorSet
 from lrcompile.interfaces import Array, CandidateOptions, StatisticsSource
 from lrcompile.publish import save_lowered
-from lrcompile.quantize import correction, fed_back, loss, orthogonal, plain, searched, storage, sweep
+from lrcompile.quantize import (
+    correction,
+    fed_back,
+    loss,
+    orthogonal,
+    plain,
+    rounded_by,
+    searched,
+    storage,
+    sweep,
+)
 from lrcompile.quantize import kashin as k
+from lrcompile.quantize.feedback import damped
+from lrcompile.quantize.pairs import free_pairs, refitted_pairs, scales_of
 from lrcompile.records import Group
 from lrcompile.registry import methods_of
 from lrcompile.rewrite import reconstructed
@@ -115,6 +127,37 @@ def kashin_columns(name: str, rounds: k.Rounds | None, levels: int) -> Row:
     return Row(f"Kashin by column, {name}", make)
 
 
+def kashin_seeing(name: str, turns: int) -> Row:
+    """The forms of factorization ``kashin``: 16 joint pairs with a scale a column, or uniform levels, refitted to the loss by C."""
+
+    def make(W: Array, C: Array) -> tuple[Array, float]:
+        left, seen = orthogonal(len(W), "random", 0), damped(C, 1e-3)
+        if name == "pairs4":
+            scales = scales_of(W)
+            pairs = free_pairs(k.decompose(W / scales, left, steps=60), scales, 16, 0)
+            return refitted_pairs(W, seen, pairs, turns).values, storage(name).size(*W.shape) + _bits(left)
+        u, v = k.refitted_codes(W, k.four_steps(W, left)[0], storage(name), seen, turns)
+        return u.values + k.rotated_back(v.values, left, None), u.bits + v.bits + _bits(left)
+
+    return Row(f"Kashin {name}, {turns} refits by the data", make, corrects=True)
+
+
+def lqer(name: str, rank: int) -> Row:
+    """A correction in two bits, as factorization ``lqer`` has it, in one turn."""
+
+    def make(W: Array, C: Array) -> tuple[Array, float]:
+        base = rounded_by(W, C, storage(name))
+        A = rounded_by(correction(W - base.values, C, rank)[0], C, storage("uint2"))
+        seen = C @ A.values
+        inner = A.values.T @ seen
+        B = rounded_by(
+            np.linalg.lstsq(inner, seen.T @ (W - base.values), rcond=None)[0], inner, storage("uint2")
+        )
+        return base.values + A.values @ B.values, base.bits + A.bits + B.bits
+
+    return Row(f"lqer {name}, rank {rank} in 2 bits", make, corrects=True)
+
+
 def _bits(q: object) -> float:
     return float(len(q.signs) + 32 * sum(f.size for f in q.factors))  # type: ignore[attr-defined]
 
@@ -124,7 +167,8 @@ ROWS = (
     kashin_columns("refitted", k.column_levels, 4), kashin_columns("k-means 4", k.to_kmeans(4), 4),
     kashin_columns("k-means 3", k.to_kmeans(3), 3), kashin_columns("uniform 4", k.to_uniform(4), 4), by_plain("int4-128s16"), by_plain("int4-32s16"),
     by_plain("uint4-32s16"), by_plain("nf4"), by_search("uint4"), by_feedback("uint4-128"), by_feedback("uint4-64"), by_feedback("uint4"),
-    with_correction("uint4-128", 8, "plain"), with_correction("uint4-128", 8, "exact"), by_plain("int3-32s16"), by_feedback("int3"),
+    with_correction("uint4-128", 8, "plain"), with_correction("uint4-128", 8, "exact"), lqer("uint4-128", 16), lqer("uint4", 32), lqer("uint3", 32),
+    kashin_seeing("quarters", 6), kashin_seeing("pairs4", 6), kashin_seeing("int4-0s32", 6), by_plain("int3-32s16"), by_feedback("int3"),
     by_feedback("uint3-128"), by_feedback("uint3"), by_plain("int2-32s16"), by_plain("uint2"), by_feedback("uint2-128"), by_feedback("uint2"), by_feedback("ternary"), by_feedback("sign"),
     by_plain("int8"), by_feedback("int8"),
 )  # fmt: skip

@@ -250,8 +250,11 @@ def _curve(
     found.sort(key=lambda c: (c.cost.parameters, c.error))
     if not reasons and isinstance(budget.rank, int) and budget.rank > min(site.K, site.N):
         reasons = [f"the weight has at most rank {min(site.K, site.N)}"]
+    asking = "" if storages else " (some only with --storage)"
     return Curve(
-        group, tuple(found), "" if found else "; ".join(reasons) or f"none of the methods is for {site.op}"
+        group,
+        tuple(found),
+        "" if found else "; ".join(reasons) or f"none of the methods is for {site.op}{asking}",
     )
 
 

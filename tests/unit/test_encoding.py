@@ -19,6 +19,7 @@ from lrcompile.encoding import OPSET, decode, decode_rows, parts_of, size_of
 from lrcompile.graph import Builder
 from lrcompile.interfaces import Array
 from lrcompile.quantize import Coded, searched, storage
+from lrcompile.quantize.formats import round_scales
 from lrcompile.unpacking import coded_of
 
 LINEAR = (
@@ -84,6 +85,39 @@ def test_codes_of_tables_are_read_back(name: str) -> None:
     found = coded_of(tensors_of(coded, by_row=True), coded.storage, (64, 20), by_row=True)
     assert found is not None
     np.testing.assert_array_equal(found.values, coded.values)
+
+
+def joint(K: int = 30, N: int = 4) -> Coded:
+    """Two matrices with one code."""
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 16, (K, N)).astype(np.int16)
+    scales, levels = rng.uniform(1, 2, (1, N)), rng.standard_normal((16, 2))
+    return Coded(
+        storage("pairs4"), codes, round_scales(scales, "float32"), None, round_scales(levels, "float32")
+    )
+
+
+def test_common_codes_are_decoded_and_read_back() -> None:
+    coded = joint()
+    assert coded.values.shape == (30, 4, 2)
+    np.testing.assert_array_equal(coded.values[3, 1], coded.levels[coded.codes[3, 1]] * coded.scales[0, 1])
+    held = tensors_of(coded, by_row=False)
+    found = coded_of(held, coded.storage, (30, 4, 2))
+    assert found is not None
+    np.testing.assert_array_equal(found.values, coded.values)
+    assert sum(t.size * t.dtype.bitwidth for t in held.values()) == coded.bits
+    op, given = (
+        Builder("g"),
+        {n: ir.Value(name=f"w.{n}", const_value=t, type=ir.TensorType(t.dtype)) for n, t in held.items()},
+    )
+    y = decode(op, given, coded.storage, (30, 4, 2), ir.DataType.FLOAT, "w")
+    y.type, y.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([30, 4, 2])
+    graph = ir.Graph(
+        [], [y], nodes=op.nodes, initializers=list(given.values()), opset_imports={"": OPSET}, name="g"
+    )
+    np.testing.assert_allclose(
+        session_of(ir.Model(graph, ir_version=10)).run(None, {})[0], coded.values, rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("name", ("int8", "int4", "uint4", "uint3", "int2", "sign"))

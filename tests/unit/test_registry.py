@@ -47,7 +47,7 @@ def test_built_ins_are_the_files_of_the_folder() -> None:
             "svdd",
             ["unknown factorization 'svdd'", "did you mean 'svd'", "known: ", "dense, "],
         ),
-        (registry.factorization, "qwertz", ["unknown factorization 'qwertz'; known: "]),
+        (registry.factorization, "xyzzy", ["unknown factorization 'xyzzy'; known: "]),
         (registry.runtime_of, "ort-cpuu", ["unknown target", "did you mean 'ort-cpu'", "reference"]),
     ],
 )
