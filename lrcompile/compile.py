@@ -402,9 +402,8 @@ def prove(
     moved = saved(jittered(source.model, sets, known.weights.matrix, known.options.seed), "jittered")
     noise = noise_of(child, judge_in, plain, moved, drawn)
     known.progress("prove", 1, 2)
-    if any(
-        s.decision.activations for s in sets
-    ):  # of rounded inputs the second question judges; of all else this one
+    # of rounded inputs the second question judges; of all else, these weights' biases too, this one
+    if any(s.decision.activations for s in sets):
         what, building = f"{what}, were no input rounded,", None
         unrounded = lower(
             rewrite(source.model, [s.unrounded for s in sets]), known.runtime.lowering(known.options.target)

@@ -40,10 +40,13 @@ _KINDS: Mapping[str, frozenset[str]] = {
         "product with activation": "FusedGemm FusedConv",
         "softmax with bias": "BiasSoftmax",
         "group normalization": "GroupNorm SkipGroupNorm",
+        "integer product": "DynamicQuantizeMatMul MatMulIntegerToFloat",
     }.items()
 }
 # What attention takes in: the two products around its softmax; turned queries and keys, where it groups them.
 _HELD_BY_ATTENTION = {"fused product": 2, "softmax with bias": 1, "rotary embedding": 2}
+# A product of integers adds its bias itself, and leaves a GELU behind it without one.
+_HELD_BY_INTEGER_PRODUCT = {"GELU with bias": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +80,22 @@ def kinds(nodes: Nodes) -> dict[str, int]:
 def fewer(before: Nodes, after: Nodes, factored_table: bool = False) -> tuple[str, ...]:
     """Kinds of fused operators of which there are fewer after than before, each with both counts.
 
-    Attention and MultiHeadAttention are one kind. What attention has taken in is not lost. factored_table: the embedding table is
+    Attention and MultiHeadAttention are one kind. What attention, or a product of integers, has taken in is not lost. factored_table: the embedding table is
     factored itself, so that an EmbedLayerNormalization has nothing to read from, and may become another norm.
     """
     had, has = kinds(before), kinds(after)
     if factored_table and (lost := had.pop("embedding normalization", 0)):
         had["skip normalization"] = had.get("skip normalization", 0) - lost
-    grown = max(0, has.get("attention", 0) - had.get("attention", 0))
-    wanted = {kind: count - grown * _HELD_BY_ATTENTION.get(kind, 0) for kind, count in had.items()}
+
+    def grown(kind: str) -> int:
+        return max(0, has.get(kind, 0) - had.get(kind, 0))
+
+    wanted = {
+        kind: count
+        - grown("attention") * _HELD_BY_ATTENTION.get(kind, 0)
+        - grown("integer product") * _HELD_BY_INTEGER_PRODUCT.get(kind, 0)
+        for kind, count in had.items()
+    }
     return tuple(
         f"{kind}: {had[kind]} before, {has.get(kind, 0)} after"
         for kind, count in wanted.items()

@@ -180,21 +180,9 @@ def _coded_factors(
         zeros = rng.integers(kind.low, kind.high + 1, size) if kind.zero_points else None
         scales = np.full(size, 1.0 / (math.sqrt(K) * kind.reach))
         levels = np.array(kind.levels) if kind.levels else None
-        return {
-            "w": Coded(
-                kind, np.resize(tile, (K, N)).astype(np.int16), scales, zeros, levels, float(scales[0, 0])
-            )
-        }
+        made = np.resize(tile, (K, N)).astype(np.int16)
+        return {"w": Coded(kind, made, scales, zeros, levels, factor=float(scales[0, 0]))}
 
     return FactorSet(
-        _decision(form, group),
-        group,
-        method,
-        number,
-        shapes,
-        0.0,
-        lambda: plain,
-        frozenset(),
-        frozenset({"w"}),
-        codes,
-    )
+        _decision(form, group), group, method, number, shapes, 0.0, lambda: plain, coded=frozenset({"w"}), codes=codes
+    )  # fmt: skip

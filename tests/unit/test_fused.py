@@ -58,6 +58,8 @@ def test_a_key_goes_there_and_back() -> None:
         ({"BiasGelu": 1}, {"Gelu": 1}, ("GELU with bias: 1 before, 0 after",)),
         ({"FusedMatMul": 3}, {"MultiHeadAttention": 1, "FusedMatMul": 1}, ()),
         ({"FusedMatMul": 3}, {"MultiHeadAttention": 1}, ("fused product: 3 before, 0 after",)),
+        ({"BiasGelu": 1}, {"Gelu": 1, "DynamicQuantizeMatMul": 1}, ()),
+        ({"BiasGelu": 2}, {"Gelu": 2, "MatMulIntegerToFloat": 1}, ("GELU with bias: 2 before, 0 after",)),
         ({"MatMulNBits": 3}, {}, ()),
     ],
 )  # fmt: skip
