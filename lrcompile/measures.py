@@ -56,12 +56,10 @@ def measure_of(problem: Problem) -> Measure:
         of, total, words = seconds, whole.seconds, "seconds"
         asked = budget.latency.of(total)
     elif budget.bits is not None:  # of the eligible weights, those left dense too
-        of, total, words = (
-            size,
-            float(sum(stored_bytes(c.group) for c in problem.open if c.group.shares_weight)),
-            "stored bytes",
-        )
-        total += problem.fixed * (total / max(problem.total - problem.fixed, 1))
+        of, words = size, "stored bytes"
+        total = float(sum(stored_bytes(c.group) for c in problem.open if c.group.shares_weight))
+        units = [c.group for c in problem.curves if c.group.shares_weight]
+        total += problem.fixed * sum(map(stored_bytes, units)) / max(sum(g.elements for g in units), 1)
         asked = budget.bits / 8.0 * problem.total
     elif budget.size is not None or (budget.keep is None and budget.flops is None):
         assert whole is not None

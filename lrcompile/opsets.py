@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx.defs
 import onnx_ir as ir
 
@@ -11,6 +12,11 @@ from lrcompile.records import Refusal
 # Their inputs or outputs mean something else now, under the same signature.
 _CHANGED = frozenset({"GroupNormalization", "Resize", "Upsample", "Scan", "Loop", "Cast", "CastLike"})
 _SAFE_FROM = {"Cast": 13, "CastLike": 15, "Loop": 13, "Resize": 19}  # after these only types were added
+# Their axes were an attribute before this version, and are an input since.
+_AXES_INPUT = 18
+_REDUCTIONS = frozenset(
+    f"Reduce{n}" for n in ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "SumSquare")
+)
 _IR = {21: 10}  # the least IR version that knows the opset's types
 
 
@@ -30,15 +36,30 @@ def raisable(model: ir.Model, opset: int) -> Refusal | None:
 
 def raise_opset(model: ir.Model, opset: int) -> None:
     """In place; the caller has asked `raisable`."""
-    if opset_of(model) < opset:
+    before = opset_of(model)
+    if before < opset:
+        for _, node in list(nodes(model)) if before < _AXES_INPUT <= opset else ():
+            if node.op_type in _REDUCTIONS and node.domain in ("", "ai.onnx"):
+                _axes_as_input(node)
         model.opset_imports[""] = opset
         model.ir_version = max(model.ir_version or 0, _IR[opset])
+
+
+def _axes_as_input(node: ir.Node) -> None:
+    axes = node.attributes.pop("axes", None)
+    if axes is None or node.graph is None:
+        return
+    constant = ir.node("Constant", [], {"value": ir.tensor(np.array(axes.as_ints(), np.int64))})
+    constant.outputs[0].name = f"{node.outputs[0].name}_axes"
+    node.graph.insert_before(node, constant)
+    node.resize_inputs(2)
+    node.replace_input_with(1, constant.outputs[0])
 
 
 def _same(op_type: str, before: int, after: int) -> bool:
     """Whether every node of the old operator is one of the new, with the same defaults."""
     old, new = onnx.defs.get_schema(op_type, before, ""), onnx.defs.get_schema(op_type, after, "")
-    if old.since_version == new.since_version:
+    if old.since_version == new.since_version or op_type in _REDUCTIONS:
         return True
     if op_type in _CHANGED and before < _SAFE_FROM.get(op_type, after):
         return False

@@ -17,7 +17,7 @@ from lrcompile.errors import BudgetError, UsageError
 from lrcompile.factorize import factorize
 from lrcompile.loss import group_loss
 from lrcompile.lower import lower
-from lrcompile.opsets import raisable
+from lrcompile.opsets import raisable, raise_opset
 from lrcompile.plan import Whole, choose, group_by_name, prepare
 from lrcompile.records import Amount, Budget, InputStatistics, Plan, Site
 from lrcompile.registry import factorizations
@@ -221,6 +221,14 @@ def test_too_few_bits_are_an_error(tmp_path: Path) -> None:
         planned(two_layers(), Cache(tmp_path), Budget(bits=0.1), ("int8",))
 
 
+def test_bits_that_no_weight_can_be_stored_in_are_an_error(tmp_path: Path) -> None:
+    problem = prepare(
+        find(two_layers()), ModelWeights(Cache(tmp_path), 18), None, (METHODS["dense"],), Budget(bits=4.5), target="ort-cpu"
+    )  # fmt: skip
+    with pytest.raises(BudgetError, match=r"--bits 4\.5 cannot be met"):
+        choose(problem)
+
+
 def test_codes_are_of_the_second_moment(tmp_path: Path) -> None:
     """With data the error by that data is lower than that of plain rounding: feedback saw it."""
     errors = []
@@ -276,14 +284,29 @@ def test_the_opset_is_raised_only_where_nothing_changes_its_meaning() -> None:
     assert raisable(two_layers(18), 21) is None
     assert raisable(two_layers(13), 21) is None
     old = two_layers(13)
-    reduce = node("ReduceMean", ["y"], ["z"], name="mean", axes=[0])
-    constants = {"v": normal(K, N)}
     meant = model(
-        [node("MatMul", ["x", "v"], ["y"], name="p"), reduce], {"x": (2, K)}, ["z"], constants, opset=13
+        [node("Upsample", ["x", "s"], ["z"], name="up")],
+        {"x": (1, 1, 2, 2)},
+        ["z"],
+        {"s": normal(4)},
+        opset=9,
     )
     refusal = raisable(meant, 21)
-    assert refusal is not None and "ReduceMean (mean)" in refusal.reason
+    assert refusal is not None and "Upsample (up)" in refusal.reason
     assert raisable(replace_opset(old, 22), 21) is None
+
+
+@pytest.mark.parametrize("name", ("ReduceMean", "ReduceL2", "ReduceMax"))
+@pytest.mark.parametrize("axes", ({"axes": [0]}, {"axes": [-1], "keepdims": 0}, {}))
+def test_axes_of_reductions_become_inputs(name: str, axes: Mapping[str, object]) -> None:
+    nodes = [node("MatMul", ["x", "v"], ["y"], name="p"), node(name, ["y"], ["z"], name="r", **axes)]
+    made = model(nodes, {"x": ((2, K), np.float32)}, ["z"], {"v": normal(K, N)}, opset=13)
+    raised = made.clone()
+    assert raisable(raised, 21) is None
+    raise_opset(raised, 21)
+    assert raised.opset_imports[""] == 21
+    x = {"x": normal(2, K)}
+    np.testing.assert_array_equal(run_model(raised, x)["z"], run_model(made, x)["z"])
 
 
 def replace_opset(made: ir.Model, opset: int) -> ir.Model:
