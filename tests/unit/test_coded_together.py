@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -214,6 +214,12 @@ def test_a_wrong_code_is_seen(name: str, tmp_path: Path) -> None:
             assert np.abs(outputs(lower(rewrite(made, (broken,)), ()), x) - oracle).max() > 1e-2, wrong
 
 
+@pytest.fixture(scope="module")
+def child() -> Iterator[Child]:
+    with Child(timeout=60) as made:
+        yield made
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "target", "least", "most"),
     (
@@ -226,7 +232,7 @@ def test_a_wrong_code_is_seen(name: str, tmp_path: Path) -> None:
     ),
 )
 def test_what_engines_keep(
-    name: str, kind: str, target: str, least: float, most: float, tmp_path: Path
+    name: str, kind: str, target: str, least: float, most: float, child: Child, tmp_path: Path
 ) -> None:
     """Shares of a float32 weight: corrections and uniform levels stay codes, centroids become the weight."""
     if target == "trt-rtx":
@@ -238,12 +244,9 @@ def test_what_engines_keep(
     candidate = next(c for c in found if c.storage == kind)
     path = tmp_path / "model.onnx"
     onnx.save(ir.to_proto(lower(rewrite(made, (carried_out(candidate, group, weights, None),)), ())), path)
-    with Child(timeout=60) as child:
-        if target == "ort-cpu":
-            tensors = onnx.load(child.call("tests.kept:by_ort", str(path))).graph.initializer
-            kept = sum(len(t.raw_data) or t.ByteSize() for t in tensors)
-        else:
-            kept = int(
-                child.call("tests.kept:by_rtx", str(path), ("8.9",), "x", (3, 256))["weights"].split()[0]
-            )
+    if target == "ort-cpu":
+        tensors = onnx.load(child.call("tests.kept:by_ort", str(path))).graph.initializer
+        kept = sum(len(t.raw_data) or t.ByteSize() for t in tensors)
+    else:
+        kept = int(child.call("tests.kept:by_rtx", str(path), ("8.9",), "x", (3, 256))["weights"].split()[0])
     assert least <= kept / (4 * 256 * 256) <= most
