@@ -177,7 +177,8 @@ def configuration(options: Options) -> dict[str, Any]:
     """What reproduces this run, without paths: data is named by its hash in the manifest's evidence."""
     b = options.budget
     document = {
-        "target": options.target, "methods": list(options.methods), "keep": b.keep, "size": _amount(b.size), "flops": _amount(b.flops),
+        "target": options.target, "methods": list(options.methods), "storage": list(options.storage) or None,
+        "activations": list(options.activations) or None, "bits": b.bits, "keep": b.keep, "size": _amount(b.size), "flops": _amount(b.flops),
         "latency": None if b.latency is None else f"{b.latency.value:g}x" if b.latency.relative else b.latency.value, "energy": b.energy, "rank": b.rank,
         "max_error": ",".join(map(str, b.max_error)) or None, "objective": b.objective, "include": options.include,
         "exclude": options.exclude, "batch": options.batch, "dims": dict(options.dims), "seed": options.seed,

@@ -54,6 +54,39 @@ def test_what_is_published_of_an_engine_can_be_read_back(tmp_path: Path) -> None
     assert options_from({}, file) == options
 
 
+# What a folder says elsewhere (plan, the hash of data), names a file, or changes nothing of what is published.
+NOT_PUBLISHED = {
+    "plan", "data", "verify_data", "metric", "pareto", "timeout", "memory", "allow_hardlinks", "external_data", "keep_functions",
+    "gs_script", "force", "cache",
+}  # fmt: skip
+
+
+def test_every_option_that_decides_is_published(tmp_path: Path) -> None:
+    """Each is given a value of its own, and found again."""
+    engine = EngineOptions(
+        shapes=(ShapeRange("x", (1,), (2,), (3,)),), workspace=1 << 20, level=2, capabilities=("8.9",), streaming=1 << 21,
+        version_compatible=True, refittable=True, cuda_graph=True, provider=(("a", "b"),), cpu_nodes=True,
+    )  # fmt: skip
+    given = Options(
+        target="ort-cuda", methods=("svd",), storage=("int8", "uint4-64"), activations=("int8",), include="a", exclude="b", batch=3,
+        dims={"n": 4}, seed=5, refit=False, gradients=False, precision="fp32", margin=1.5, threads=2, engine=engine,
+    )  # fmt: skip
+    budgets = [
+        Budget(**{name: value}, max_error=(Limit("snr", 30.0),), objective="latency")  # type: ignore[arg-type]
+        for name, value in {
+            "keep": 0.5, "size": Amount(100), "flops": Amount(100), "latency": Amount(0.5, relative=True), "bits": 4.5, "energy": 0.9,
+            "rank": 4,
+        }.items()
+    ]  # fmt: skip
+    said: set[str] = set()
+    for budget in budgets:
+        options = replace(given, budget=budget)
+        document = configuration(options)
+        assert options_from({}, written(tmp_path, yaml.safe_dump(document))) == options
+        said |= set(document)
+    assert said == set(Config.model_fields) - NOT_PUBLISHED
+
+
 @pytest.mark.parametrize(
     ("text", "amount"),
     [
