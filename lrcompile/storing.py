@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -241,4 +241,13 @@ def forms(
                 made = method.candidates(group, weights, statistics, CandidateOptions())
                 yield from (stored(c, name, method, group, weights, statistics) for c in made)
             elif group.sites[0].kind == "linear" and method.name in _FACTORED:
-                yield from (stored(c, name, method, group, weights, statistics) for c in of[method.name])
+                whole = (c for c in of[method.name] if _divides(method.shapes(group, c), name, target))
+                yield from (stored(c, name, method, group, weights, statistics) for c in whole)
+
+
+def _divides(shapes: Mapping[str, tuple[int, ...] | Array], name: str, target: str) -> bool:
+    """Whether every matrix among the factors is whole groups, where a target asks for them."""
+    if name in FLOATS or not LEGAL[target.partition("-")[0]].divides or not (size := storage(name).group):
+        return True
+    sizes = (s if isinstance(s, tuple) else s.shape for s in shapes.values())
+    return all(s[0] % size == 0 for s in sizes if len(s) == 2)

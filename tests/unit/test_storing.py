@@ -15,16 +15,17 @@ from lrcompile.cost import bytes_of
 from lrcompile.encoding import parts_of
 from lrcompile.errors import BudgetError, UsageError
 from lrcompile.factorize import factorize
+from lrcompile.interfaces import CandidateOptions
 from lrcompile.loss import group_loss
 from lrcompile.lower import lower
 from lrcompile.opsets import raisable, raise_opset
 from lrcompile.plan import Whole, choose, group_by_name, prepare
-from lrcompile.records import Amount, Budget, InputStatistics, Plan, Site
+from lrcompile.records import Amount, Budget, Candidate, InputStatistics, Plan, Site
 from lrcompile.registry import factorizations
 from lrcompile.rewrite import reconstructed, rewrite
 from lrcompile.sites import find
 from lrcompile.store import Cache
-from lrcompile.storing import AUTO, legal, types_of
+from lrcompile.storing import AUTO, forms, legal, types_of
 from lrcompile.weights import ModelWeights
 from tests.graphs import Array, model, node, normal
 
@@ -327,3 +328,19 @@ def test_a_wrong_factor_is_seen(tmp_path: Path) -> None:
         broken.append(replace(factors, codes=lambda c=codes: c))  # type: ignore[misc]
     a, b = outputs(reconstructed(made, sets)), outputs(lower(rewrite(made, broken), ()))
     assert np.abs(a - b).max() > 0.1 * np.abs(a).max()
+
+
+def test_tensorrt_gets_factors_of_whole_groups(tmp_path: Path) -> None:
+    """A rank that is no whole group would be refused by its builder: of a pair the rank is the second factor's rows."""
+    made = two_layers()
+    finding, name = find(made), "int4-32s32+"
+    weights, statistics = ModelWeights(Cache(tmp_path), 18), statistics_of(finding.sites)
+    up = next(g for g in finding.groups if g.sites[0].name == "up")
+    found = tuple(METHODS["svd"].candidates(up, weights, statistics, CandidateOptions(ranks=(8, 24, 32))))
+
+    def ranks(target: str) -> list[int | None]:
+        made = forms(up, (METHODS["svd"],), found, (name,), target, weights, statistics)
+        return [c.rank for c in made if isinstance(c, Candidate)]
+
+    assert ranks("trt-rtx") == [32]
+    assert ranks("ort-cpu") == [8, 24, 32]
