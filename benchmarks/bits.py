@@ -34,6 +34,7 @@ from lrcompile.child import Child
 from lrcompile.curves import decision_of
 from lrcompile.factors import FactorSet
 from lrcompile.interfaces import Array, CandidateOptions, StatisticsSource
+from lrcompile.oracle import reconstructed
 from lrcompile.publish import save_lowered
 from lrcompile.quantize import (
     correction,
@@ -51,7 +52,6 @@ from lrcompile.quantize.feedback import damped
 from lrcompile.quantize.pairs import free_pairs, refitted_pairs, scales_of
 from lrcompile.records import Group
 from lrcompile.registry import methods_of
-from lrcompile.rewrite import reconstructed
 from lrcompile.store import Cache, new_folder, remove_folder, write_text
 
 # What a recipe makes of W (K, N) whose input has the moment C: the matrix, and the bits that it takes.

@@ -33,6 +33,7 @@ from lrcompile.load import load
 from lrcompile.lower import lower
 from lrcompile.opsets import raisable
 from lrcompile.options import Options
+from lrcompile.oracle import jittered, reconstructed
 from lrcompile.plan import (
     Problem,
     Trial,
@@ -51,7 +52,7 @@ from lrcompile.records import STORED, Decision, Evidence, Plan, Refusal, Result,
 from lrcompile.refit import refit
 from lrcompile.registry import methods_of, runtime_of
 from lrcompile.report import render
-from lrcompile.rewrite import jittered, reconstructed, rewrite
+from lrcompile.rewrite import rewrite
 from lrcompile.sensitivity import predicted
 from lrcompile.sites import find
 from lrcompile.speed import speed_feeds, speed_of, speedup, timed_problem

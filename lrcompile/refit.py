@@ -34,9 +34,9 @@ from lrcompile.factorize import factorize
 from lrcompile.factors import FactorSet
 from lrcompile.feeds import masks_of
 from lrcompile.interfaces import Array, Factorization, StatisticsSource
+from lrcompile.oracle import Reconstruction
 from lrcompile.progress import Progress, silent
 from lrcompile.records import Decision, Group, InputStatistics, Plan, Site, Source
-from lrcompile.rewrite import Reconstruction
 from lrcompile.store import new_folder, open_array, remove_folder
 from lrcompile.walk import CHAINS, Stage, stages_of, watched
 from lrcompile.weights import ModelWeights

@@ -28,9 +28,9 @@ from lrcompile.curves import Curve, Problem
 from lrcompile.feeds import mask_over, masks_of
 from lrcompile.figures import Movement
 from lrcompile.interfaces import Array, BuildOptions, Constant, Engine, Factorization, StatisticsSource
+from lrcompile.oracle import Reconstruction, as_operands
 from lrcompile.progress import Progress, silent
 from lrcompile.records import Candidate, Group, Site, Source
-from lrcompile.rewrite import Reconstruction, as_operands
 from lrcompile.store import load_array, new_folder, remove_folder, save_array, save_model
 from lrcompile.walk import part, stages_of
 

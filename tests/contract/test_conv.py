@@ -28,9 +28,10 @@ from lrcompile.graph import shapes_of
 from lrcompile.interfaces import Array, CandidateOptions, Factorization
 from lrcompile.loss import group_loss
 from lrcompile.lower import lower
+from lrcompile.oracle import reconstructed
 from lrcompile.patches import rows_of_windows
 from lrcompile.records import Candidate, Decision, Finding, Group, InputStatistics, Plan, Reaction, Site
-from lrcompile.rewrite import reconstructed, rewrite
+from lrcompile.rewrite import rewrite
 from lrcompile.sites import find
 from lrcompile.store import Cache
 from lrcompile.weights import ModelWeights

@@ -25,8 +25,9 @@ from lrcompile.factorize import factorize
 from lrcompile.interfaces import Array, CandidateOptions, Factorization
 from lrcompile.loss import group_loss
 from lrcompile.lower import lower
+from lrcompile.oracle import reconstructed
 from lrcompile.records import Candidate, Decision, Group, InputStatistics, Plan, Reaction, Site
-from lrcompile.rewrite import reconstructed, rewrite
+from lrcompile.rewrite import rewrite
 from lrcompile.sites import find
 from lrcompile.store import Cache
 from lrcompile.weights import ModelWeights

@@ -31,10 +31,11 @@ from lrcompile.factors import FactorSet
 from lrcompile.graph import DOMAIN
 from lrcompile.interfaces import Array, BuildOptions
 from lrcompile.lower import lower
+from lrcompile.oracle import reconstructed
 from lrcompile.plan import group_by_name
 from lrcompile.records import Decision, InputStatistics, Plan
 from lrcompile.registry import factorization, runtime_of
-from lrcompile.rewrite import reconstructed, rewrite
+from lrcompile.rewrite import rewrite
 from lrcompile.sites import find
 from lrcompile.store import Cache, save_model
 from lrcompile.weights import ModelWeights

@@ -20,11 +20,12 @@ from lrcompile.factors import FactorSet
 from lrcompile.interfaces import CandidateOptions
 from lrcompile.loss import group_loss
 from lrcompile.lower import lower
+from lrcompile.oracle import reconstructed
 from lrcompile.plan import choose, group_by_name, prepare
 from lrcompile.quantize import storage
 from lrcompile.records import Budget, Candidate, Group, InputStatistics, Plan, Site
 from lrcompile.registry import factorization
-from lrcompile.rewrite import parts_by_name, reconstructed, rewrite
+from lrcompile.rewrite import parts_by_name, rewrite
 from lrcompile.sites import find
 from lrcompile.store import Cache
 from lrcompile.storing import AUTO_TENSORRT, types_of

@@ -19,10 +19,11 @@ from lrcompile.factorize import factorize
 from lrcompile.factors import FactorSet
 from lrcompile.graph import tensor_of
 from lrcompile.lower import lower
+from lrcompile.oracle import reconstructed
 from lrcompile.permutations import absorbed, fold
 from lrcompile.records import Decision, Finding, Plan, Site
 from lrcompile.registry import factorization
-from lrcompile.rewrite import reconstructed, rewrite
+from lrcompile.rewrite import rewrite
 from lrcompile.sites import find
 from tests.graphs import Array, model, node, normal, weights
 

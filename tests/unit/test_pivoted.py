@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from lrcompile.factorize import factorize
 from lrcompile.interfaces import CandidateOptions
 from lrcompile.lower import lower
+from lrcompile.oracle import reconstructed
 from lrcompile.records import Decision, Group, InputStatistics, Plan, Site
 from lrcompile.registry import factorization
-from lrcompile.rewrite import reconstructed, rewrite
+from lrcompile.rewrite import rewrite
 from lrcompile.sites import find
 from tests.graphs import Array, model, node, normal, run
 from tests.graphs import weights as new_weights

@@ -20,10 +20,10 @@ from lrcompile.factorize import factorize
 from lrcompile.factors import FactorSet
 from lrcompile.feeds import Feeds, inputs_of, open_feeds
 from lrcompile.interfaces import CandidateOptions
+from lrcompile.oracle import reconstructed
 from lrcompile.records import Finding, InputStatistics, Plan, Source
 from lrcompile.refit import refit
 from lrcompile.registry import factorization
-from lrcompile.rewrite import reconstructed
 from lrcompile.sites import find
 from lrcompile.store import Cache, load_array
 from lrcompile.weights import ModelWeights

@@ -15,10 +15,11 @@ from onnx import TensorProto, helper
 from lrcompile.factorize import factorize
 from lrcompile.factors import FactorSet
 from lrcompile.lower import lower
+from lrcompile.oracle import jittered, reconstructed
 from lrcompile.plan import choose, prepare
 from lrcompile.records import Budget
 from lrcompile.registry import factorization
-from lrcompile.rewrite import jittered, reconstructed, rewrite
+from lrcompile.rewrite import rewrite
 from lrcompile.sites import find
 from lrcompile.store import Cache
 from lrcompile.weights import ModelWeights

@@ -17,9 +17,10 @@ from lrcompile.factors import FactorSet
 from lrcompile.graph import shapes_of
 from lrcompile.interfaces import CandidateOptions
 from lrcompile.loss import group_loss
+from lrcompile.oracle import reconstructed
 from lrcompile.records import Candidate, Group, InputStatistics, Plan
 from lrcompile.registry import factorization
-from lrcompile.rewrite import reconstructed, rewrite
+from lrcompile.rewrite import rewrite
 from lrcompile.store import Cache
 from lrcompile.weights import ModelWeights
 from tests import blocks

@@ -19,10 +19,11 @@ from lrcompile.interfaces import CandidateOptions
 from lrcompile.loss import group_loss
 from lrcompile.lower import lower
 from lrcompile.opsets import raisable, raise_opset
+from lrcompile.oracle import reconstructed
 from lrcompile.plan import Whole, choose, group_by_name, prepare
 from lrcompile.records import Amount, Budget, Candidate, InputStatistics, Plan, Site
 from lrcompile.registry import factorizations
-from lrcompile.rewrite import reconstructed, rewrite
+from lrcompile.rewrite import rewrite
 from lrcompile.sites import find
 from lrcompile.store import Cache
 from lrcompile.storing import AUTO, forms, legal, types_of

@@ -18,9 +18,10 @@ from lrcompile.factorize import factorize
 from lrcompile.factors import FactorSet
 from lrcompile.interfaces import CandidateOptions, Factorization, Factors
 from lrcompile.lower import lower
+from lrcompile.oracle import reconstructed
 from lrcompile.records import Candidate, Decision, Group, InputStatistics, Plan, Site
 from lrcompile.registry import factorization
-from lrcompile.rewrite import reconstructed, rewrite
+from lrcompile.rewrite import rewrite
 from lrcompile.sites import find
 from tests.graphs import Array, model, node, normal, run
 from tests.graphs import weights as new_weights
