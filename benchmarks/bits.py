@@ -25,7 +25,7 @@ import onnx_ir as ir
 from accuracy import MODELS, OTHER, SAME, talker
 from accuracy_parts.lab import ROOT, Lab, Refused, key_of, open_lab
 from bits_parts import ours
-from bits_parts.page import Promise, Rows, picture, table, verdicts
+from bits_parts.page import Promise, Rows, missing, picture, table, verdicts
 from bits_parts.row import Figures, Kept
 from bits_parts.stock import STOCK, Stock
 from threadpoolctl import threadpool_limits
@@ -192,11 +192,12 @@ EXPLAINED = (
     "Bits are all that is stored for those weights, over their numbers; errors are means over the weights, relative: of the weight, and of its product "
     "with its input. *feedback* sees the second moment of the inputs and lets biases absorb means; *clipped* searches the scales. Rows that begin "
     "with `--` are files that `lrcompile compile` published with these options: types mixed over the layers by what each moves the outputs by, and "
-    "each layer fitted to what the coded ones before it give, but for `--no-refit`. `--storage` with one type is the same without mixing."
+    "each layer fitted to what the coded ones before it give, but for `--no-refit`. `--storage` with one type is the same without mixing. The bits of "
+    "recipes are the least that they could be stored in; those of files are what lies in them."
 )
 ABOUT_WHOLE = (
-    "MB are the bytes of `model.onnx`; the original has {size:.1f}. Times are the original's over the file's, interleaved, 2 threads, ONNX Runtime on "
-    "the CPU. Stock quantizers are those of `onnxruntime.quantization`, each at its defaults but for what its row says. In the picture lower is better."
+    "MB are the bytes of `model.onnx`; the original has {size:.1f}. x fp32: the original's time over the file's, interleaved, 2 threads, ONNX Runtime "
+    "on the CPU. Stock quantizers are those of `onnxruntime.quantization`, each at its defaults but for what its row says. In the picture lower is better."
 )
 
 
@@ -300,10 +301,12 @@ def page(lab: Lab, made: tuple[Rows, Rows, Rows, Rows], command: str) -> str:
             "## The 36 linear weights of the blocks",
             EXPLAINED,
             table({**recipes, **linear}, errors, TEXTS),
+            *missing([*(r.name for r in ROWS), *LINEAR], {**recipes, **linear}),
             "## The whole model, tables included",
             ABOUT_WHOLE.format(size=ours.bytes_of(lab.source.path) / 1e6),
             "![Size against error](bits.svg)",
             table({**whole, **stock}, speeds, TEXTS),
+            *missing([*WHOLE, *STOCK], {**whole, **stock}),
         ]
     ) + "\n"  # fmt: skip
 

@@ -26,13 +26,23 @@ class Promise:
 
 
 def table(rows: Rows, columns: Mapping[str, str], texts: tuple[str, str], bold: str = "--") -> str:
-    """Rows down; columns by field of `Figures`, their titles; the compiler's rows as code."""
-    titles = {**columns, "same": texts[0], "other": texts[1]}
+    """Rows down; columns by field of `Figures`, their titles; the compiler's rows as code. Columns of which nothing was measured are left out."""
+    titles = {
+        field: title
+        for field, title in {**columns, "same": texts[0], "other": texts[1]}.items()
+        if not all(math.isnan(getattr(f, field)) for f in rows.values())
+    }
     lines = ["| " + " | ".join(["", *titles.values()]) + " |", "|---|" + "---:|" * len(titles)]
     for name, figures in rows.items():
         shown = f"`{name}`" if name.startswith(bold) else name
         lines.append("| " + " | ".join([shown, *(number(f, getattr(figures, f)) for f in titles)]) + " |")
     return "\n".join(lines)
+
+
+def missing(wanted: Sequence[str], rows: Rows) -> list[str]:
+    """A sentence about rows that the script has and the page has not; nothing where there are none."""
+    names = [n for n in wanted if n not in rows]
+    return [f"Not measured for this page: {'; '.join(names)}."] if names else []
 
 
 def number(field: str, value: float) -> str:
@@ -73,7 +83,7 @@ def _met(value: float | None, limit: float) -> str:
 def picture(ours: Rows, parts: Rows, stock: Rows, original: float) -> str:
     """1 - mean cosine on the other text against the file's size, both logarithmic. original: bytes of the file that all were made of."""
     with defaults():
-        canvas, axes = axes_of(8.2, 5.2, left=0.1, right=0.98, top=0.97, bottom=0.1)
+        canvas, axes = axes_of(9.6, 5.6, left=0.08, right=0.99, top=0.97, bottom=0.1)
         line = sorted((f.size / MB, 1 - f.other) for f in ours.values())
         axes.plot(*zip(*line, strict=True), color=ACCENT, marker="o", markersize=4, linewidth=1.4)
         marks: dict[str, str] = {}
@@ -84,8 +94,8 @@ def picture(ours: Rows, parts: Rows, stock: Rows, original: float) -> str:
                 )
                 marks[f"§{len(marks)}§"] = name
                 axes.annotate(
-                    f"§{len(marks) - 1}§", (f.size / MB, 1 - f.other), xytext=(6, 3), textcoords="offset points", fontsize=7,
-                    color=INK if colour == WARN else MUTED,
+                    f"§{len(marks) - 1}§", (f.size / MB, 1 - f.other), xytext=(6, 3 if colour == WARN else -9),
+                    textcoords="offset points", fontsize=7, color=INK if colour == WARN else MUTED,
                 )  # fmt: skip
         axes.axvline(original / MB, color=MUTED, linewidth=0.8, linestyle=":")
         axes.set_xscale("log")
@@ -93,6 +103,7 @@ def picture(ours: Rows, parts: Rows, stock: Rows, original: float) -> str:
         ticks = [5, 7, 10, 15, 20, 30, 40, 60, 90]
         axes.set_xticks(ticks, [str(t) for t in ticks])
         axes.minorticks_off()
+        axes.set_xlim(right=2.2 * original / MB)  # room for words
         axes.set_xlabel("size of the files, MB")
         axes.set_ylabel("1 - mean cosine, docstrings")
         words = (

@@ -55,6 +55,18 @@ def test_what_is_met_is_said(bits: ModuleType, reached: float, said: str) -> Non
     assert "not measured" in bits.verdicts((promise,), {}, TEXTS)
 
 
+def test_tables_leave_out_what_was_not_measured(bits: ModuleType) -> None:
+    rows = {
+        "plain": bits.Figures(bits=4.0, same=0.5, other=0.25),
+        "--bits 4": bits.Figures(same=0.75, other=0.125),
+    }
+    lines = bits.table(rows, {"bits": "bits", "size": "MB"}, TEXTS).splitlines()
+    assert lines[0] == "|  | bits | one | two |"
+    assert lines[2:] == ["| plain | 4.00 | 0.5000 | 0.2500 |", "| `--bits 4` |  | 0.7500 | 0.1250 |"]
+    assert bits.missing(["plain", "other"], rows) == ["Not measured for this page: other."]
+    assert bits.missing(["plain"], rows) == []
+
+
 def test_the_margin_is_over_the_better_of_plain_two_bits(bits: ModuleType) -> None:
     recipes = {
         "plain int2-32s16": bits.Figures(bits=2.5, same=0.4, other=0.30),
