@@ -22,6 +22,7 @@ from lrcompile.bench import Race
 from lrcompile.build import REFERENCE, build, places_for, set_limits
 from lrcompile.calibrate import calibrate
 from lrcompile.child import Child
+from lrcompile.edited import check_plan
 from lrcompile.encoding import OPSET
 from lrcompile.errors import BuildError, UsageError, VerificationError
 from lrcompile.factorize import annotate, factorize
@@ -37,7 +38,6 @@ from lrcompile.oracle import jittered, reconstructed
 from lrcompile.plan import (
     Problem,
     Trial,
-    check_plan,
     choose,
     dense_plan,
     fast_enough,

@@ -16,6 +16,7 @@ from lrcompile.blocks import block_svd
 from lrcompile.contraction import Network
 from lrcompile.cores import product
 from lrcompile.curves import Whole, prepare
+from lrcompile.edited import check_plan
 from lrcompile.errors import UsageError
 from lrcompile.factorize import factorize
 from lrcompile.factors import FactorSet
@@ -25,7 +26,7 @@ from lrcompile.interfaces import Array, CandidateOptions
 from lrcompile.loss import group_loss
 from lrcompile.lower import lower
 from lrcompile.networks import NetworkFactorization
-from lrcompile.plan import check_plan, choose
+from lrcompile.plan import choose
 from lrcompile.records import Amount, Budget, Candidate, Decision, InputStatistics, Plan, Reaction, Site
 from lrcompile.registry import factorization
 from lrcompile.rewrite import rewrite

@@ -17,8 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lrcompile.cost import bytes_of
+from lrcompile.edited import check_plan
 from lrcompile.errors import BudgetError, UsageError
-from lrcompile.plan import Problem, Trial, Whole, check_plan, choose, dense_plan, prepare, revise, traced
+from lrcompile.plan import Problem, Trial, Whole, choose, dense_plan, prepare, revise, traced
 from lrcompile.records import Amount, Budget, Decision, Evidence, Finding, Group, Limit, Plan, Refusal
 from lrcompile.registry import factorization
 from lrcompile.sites import find
