@@ -294,10 +294,11 @@ def page(lab: Lab, made: tuple[Rows, Rows, Rows, Rows], command: str) -> str:
         [
             f"# Few bits\n\n    {command}",
             f"MiniLM in float32; mean cosine of the sentence embedding to the original's. Calibrated on {sum(len(f['input_ids']) for f in lab.calibration)} "
-            f"rows of Python's language reference; held out: {counts}. ",
-            "## Promises",
+            f"rows of Python's language reference; held out: {counts}.",
+            "## What was asked",
             verdicts(PROMISES, everything, TEXTS),
             *margin(recipes, linear),
+            *mixing(linear),
             "## The 36 linear weights of the blocks",
             EXPLAINED,
             table({**recipes, **linear}, errors, TEXTS),
@@ -324,6 +325,17 @@ def margin(recipes: Rows, linear: Rows) -> list[str]:
         f"`{TWO}` ({ours_.bits:.2f} bits) against the better plain rounding to two bits ({name}, {best.bits:.2f} bits): "
         f"{ours_.same:.4f} against {best.same:.4f} ({SAME}, {ours_.same - best.same:+.4f}), {ours_.other:.4f} against {best.other:.4f} "
         f"({OTHER}, {ours_.other - best.other:+.4f})."
+    ]  # fmt: skip
+
+
+def mixing(linear: Rows) -> list[str]:
+    """What types mixed over the layers are worth, at equal bits."""
+    mixed, uniform = linear.get(MIXED), linear.get(UNIFORM)
+    if mixed is None or uniform is None:
+        return []
+    return [
+        f"Mixed types against one type at equal bits, without refit: {mixed.same:.4f} against {uniform.same:.4f} ({SAME}), {mixed.other:.4f} against "
+        f"{uniform.other:.4f} ({OTHER}), at {mixed.bits:.2f} and {uniform.bits:.2f} bits."
     ]  # fmt: skip
 
 
