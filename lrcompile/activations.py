@@ -34,7 +34,7 @@ from lrcompile.records import Group, InputStatistics, Refusal
 DYNAMIC, STATIC, FLOAT8 = "int8", "int8-static", "float8-static"
 KINDS = (DYNAMIC, STATIC, FLOAT8)
 SMOOTH, STEP = "smooth", "step"  # factors beside `w`: (K,), what x is multiplied by; (), of static types
-_POWER = 0.5  # of a channel's range; on MiniLM 0.3 and 0.7 lose more
+_POWER = 0.5  # of a channel's range; on MiniLM 0.4 and 0.7 lose more
 _SIGMAS = 4.0  # how far an input reaches whose range was not watched
 _WORTH = 0.7  # of the noise without it: what smoothing must be below
 _LEAST = 1e-3  # of the largest range: what a channel that hardly moves counts as
