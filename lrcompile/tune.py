@@ -41,6 +41,7 @@ _FEW_ROWS = 64
 _WARM_UP = 1  # passes that fill caches and arenas, and record graphs
 _SAMPLES, _SAMPLE = 7, 8e-3  # of a timing, and seconds that each lasts at least
 _LONGEST = 2.0  # seconds for all samples of a timing, of which there are three at least
+_STEADY = 0.15  # spread of a timing above which somebody else was at work
 _LIMIT = 120.0  # seconds for one build or one timing
 
 
@@ -60,23 +61,35 @@ def tune(
 ) -> CostTable:
     """The table with every wanted (form, rows) measured. A form that the target cannot build is left out, with a line in the log.
 
-    save: keeps the table after every form, so that a run that is ended goes on where it was.
+    What was disturbed is measured once more when all the others are done, and the quicker of both is kept. save: keeps the table after
+    every form, so that a run that is ended goes on where it was.
     """
     missing = by_form(gaps(table, wanted))
-    for done, (form, rows) in enumerate(missing.items()):
-        progress("tune", done, len(missing))
+    disturbed: dict[tuple[Form, int], Timing] = {}
+
+    def timed(form: Form, rows: Sequence[int]) -> Iterator[Timing]:
         folder = new_folder(scratch / "micro")
         try:
             # few rows want many copies, so that weights are cold; many rows would take long with as many
             for some in ([r for r in rows if r <= _FEW_ROWS], [r for r in rows if r > _FEW_ROWS]):
                 if some:
-                    made = _measured(form, some, methods, lowering, build, opset, seed, child, folder)
-                    table = table.with_timings(made)
+                    yield from _measured(form, some, methods, lowering, build, opset, seed, child, folder)
         except BuildError as error:
             logger.warning("%s is not timed: %s", form, error)
         finally:
             remove_folder(folder)
-            save(table)
+
+    for done, (form, rows) in enumerate(missing.items()):
+        progress("tune", done, len(missing))
+        for timing in timed(form, rows):
+            table = table.with_timings([timing])
+            if timing.spread > _STEADY:
+                disturbed[form, timing.rows] = timing
+        save(table)
+    for form, rows in by_form(disturbed).items():
+        quicker = [t for t in timed(form, rows) if t.seconds < disturbed[form, t.rows].seconds]
+        table = table.with_timings(quicker)
+        save(table)
     progress("tune", len(missing), len(missing))
     return table
 

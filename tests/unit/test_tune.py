@@ -48,14 +48,36 @@ def test_what_is_missing_is_measured_once(child: Child, tmp_path: Path) -> None:
     wanted = [(DENSE, 4), (DENSE, 64), (PAIR, 4)]
     saved: list[CostTable] = []
     table = tuned(CostTable("ort-cpu", "here", "1", 1), wanted, child, tmp_path, saved)
-    assert [len(t.timings) for t in saved] == [
-        2,
-        3,
-    ]  # after each form: a run that is ended goes on where it was
+    # after each form: a run that is ended goes on where it was; what was disturbed is measured again at the end
+    assert [len(t.timings) for t in saved][:2] == [2, 3]
     assert {(t.form, t.rows) for t in table.timings} == set(wanted)
     assert all(0 < t.seconds < 10 and t.spread >= 0 for t in table.timings)
     assert tuned(table, wanted, None, tmp_path) == table  # without a process to measure in
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("again", "kept"), [(0.5, 0.5), (3.0, 1.0)])
+def test_what_was_disturbed_is_measured_once_more(
+    again: float, kept: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The quicker of both is kept; what was not disturbed is not measured again."""
+    asked: list[tuple[Form, tuple[int, ...]]] = []
+
+    def measured(form: Form, rows: list[int], *_: object) -> Iterator[Timing]:
+        second = (form, tuple(rows)) in asked or any(f == form for f, _ in asked)
+        asked.append((form, tuple(rows)))
+        for count in rows:
+            yield Timing(form, count, again if second else 1.0, 0.5 if (form, count) == (PAIR, 8) else 0.01)
+
+    monkeypatch.setattr(tuning, "_measured", measured)
+    wanted = [(DENSE, 4), (PAIR, 4), (PAIR, 8)]
+    table = tuned(CostTable("ort-cpu", "here", "1", 1), wanted, None, tmp_path)
+    assert asked == [(DENSE, (4,)), (PAIR, (4, 8)), (PAIR, (8,))]
+    assert {(t.form, t.rows): t.seconds for t in table.timings} == {
+        (DENSE, 4): 1.0,
+        (PAIR, 4): 1.0,
+        (PAIR, 8): kept,
+    }
 
 
 def test_what_a_target_refuses_is_left_out_and_said(
