@@ -12,7 +12,7 @@ import onnx_ir as ir
 from lrcompile.benchmark import Benchmark
 from lrcompile.build import build, set_limits
 from lrcompile.child import Child
-from lrcompile.compile import first_plan, job_of, problem_of, prove, search, study
+from lrcompile.compile import first_plan, job_of, problem_of, search, study
 from lrcompile.config import asked_again
 from lrcompile.contests import Entrant, contests
 from lrcompile.cost import rows_of
@@ -24,6 +24,7 @@ from lrcompile.load import load
 from lrcompile.options import Options
 from lrcompile.plan import group_by_name
 from lrcompile.progress import Progress, silent
+from lrcompile.proof import prove
 from lrcompile.recheck import Published, check_stored, published_factors, runnable, stored_feeds
 from lrcompile.records import STORED, EngineOptions, Evidence, Plan, Tradeoff
 from lrcompile.registry import factorizations, methods_of

@@ -29,12 +29,11 @@ from lrcompile.factorize import annotate, factorize
 from lrcompile.factors import FactorSet
 from lrcompile.feeds import Feeds, calibration_and_held_out, inputs_of
 from lrcompile.fused import Nodes, fewer
-from lrcompile.interfaces import BuildOptions, StatisticsSource
+from lrcompile.interfaces import StatisticsSource
 from lrcompile.load import load
 from lrcompile.lower import lower
 from lrcompile.opsets import raisable
 from lrcompile.options import Options
-from lrcompile.oracle import jittered, reconstructed
 from lrcompile.plan import (
     Problem,
     Trial,
@@ -46,6 +45,7 @@ from lrcompile.plan import (
     revise,
 )
 from lrcompile.progress import Progress, silent
+from lrcompile.proof import prove
 from lrcompile.publish import Package, publish, result_of, save_lowered
 from lrcompile.reactions import reacting
 from lrcompile.records import STORED, Decision, Evidence, Plan, Refusal, Result, Tradeoff, TradeoffPoint
@@ -77,7 +77,7 @@ from lrcompile.study import (
 from lrcompile.surgeon import scripted
 from lrcompile.tradeoff import check_pareto, point_of, write_tradeoff
 from lrcompile.tradeoff import predicted as predicted_curve
-from lrcompile.verify import Metric, Noise, check_rewrite, judge, measure, noise_of, score
+from lrcompile.verify import Metric, judge, measure, score
 from lrcompile.weights import ModelWeights
 
 logger = logging.getLogger(__name__)
@@ -372,53 +372,6 @@ def _prove(best: Attempt, job: Job) -> Evidence:
     noise = prove(best.judged, best.sets, job, job.original, job.drawn, widen=best.judged != best.path)
     nodes = tuple(sorted(nodes_in(job, best.judged).items()))
     return replace(best.evidence.with_noise(noise.relative), nodes=nodes)
-
-
-def prove(
-    path: Path,
-    sets: Sequence[FactorSet],
-    known: Study,
-    original: Path,
-    drawn: Feeds,
-    *,
-    widen: bool = False,
-    building: BuildOptions | None = None,
-    what: str = "the rewritten graph",
-) -> Noise:
-    """Verification's first question, asked of a rewritten model's file. Raises VerificationError: a failure is our bug.
-
-    The noise of the original in the same precision (widen: see `typed`); that is all there is where nothing was rewritten.
-    building: how the file is built or loaded.
-    """
-    judge_in, child, source = known.places.judge, known.child, known.source
-    set_limits(child, known.options, source.model, 8 * len(drawn))
-    if not sets:
-        return noise_of(child, judge_in, original, None, drawn)
-
-    def saved(model: ir.Model, name: str) -> Path:
-        return save_lowered(typed(model, known, widen), source, known.scratch / name, known.large)
-
-    known.progress("prove", 0, 2)
-    plain = original if known.options.precision is None else saved(source.model, "plain")
-    moved = saved(jittered(source.model, sets, known.weights.matrix, known.options.seed), "jittered")
-    noise = noise_of(child, judge_in, plain, moved, drawn)
-    known.progress("prove", 1, 2)
-    # of rounded inputs the second question judges; of all else, these weights' biases too, this one
-    if any(s.decision.activations for s in sets):
-        what, building = f"{what}, were no input rounded,", None
-        unrounded = lower(
-            rewrite(source.model, [s.unrounded for s in sets]), known.runtime.lowering(known.options.target)
-        )
-        path = saved(unrounded, "unrounded")
-    oracle = saved(reconstructed(source.model, sets), "oracle")
-    wrong = check_rewrite(child, judge_in, oracle, path, noise, drawn, building)
-    if wrong:  # what was compressed may feel rounding more than the original does
-        shaken = saved(reconstructed(source.model, sets, known.options.seed), "oracle-jittered")
-        more = noise.or_larger(noise_of(child, judge_in, oracle, shaken, drawn))
-        wrong = check_rewrite(child, judge_in, oracle, path, more, drawn, building)
-    if wrong:
-        raise VerificationError(f"{what} does not compute what its factors say: {'; '.join(wrong)}")
-    return noise
 
 
 def _notes(best: Attempt, evidence: Evidence, engine: Sequence[str], job: Job) -> tuple[str, ...]:

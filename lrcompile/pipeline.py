@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import onnx_ir as ir
 
 from lrcompile.child import Child
-from lrcompile.compile import factors_of, first_plan, problem_of, prove, study
+from lrcompile.compile import factors_of, first_plan, problem_of, study
 from lrcompile.errors import ModelError, UsageError
 from lrcompile.factorize import annotate
 from lrcompile.factors import FactorSet
@@ -21,6 +21,7 @@ from lrcompile.load import load
 from lrcompile.lower import lower
 from lrcompile.options import Options
 from lrcompile.progress import Progress, silent
+from lrcompile.proof import prove
 from lrcompile.publish import save_lowered
 from lrcompile.records import Finding, Plan
 from lrcompile.rewrite import rewrite
