@@ -162,7 +162,7 @@ def test_which_forms_there_are(tmp_path: Path) -> None:
     ranks = {
         (c.storage, c.rank) for c in lqer.candidates(group, weights, None, CandidateOptions(storages=types))
     }
-    assert ranks == {("int4-32s32", 32)}
+    assert ranks == {("int4-32s32+", 32)}
     for target, kept in (("ort-cpu", {"quarters", "int4-0s32"}), ("trt-rtx", {"int4-0s32"})):
         for objective, more in (("size", set()), ("disk", {"pairs4", "pairs8"})):
             problem = prepare(
