@@ -77,7 +77,7 @@ class Levels:
 
 
 _LEVELS = (
-    Levels("uniform", 4, "quarters"), Levels("uniform", 16, "int4-0s32"), Levels("pairs", 16, "pairs4"), Levels("kmeans", 3, "pairs4"),
+    Levels("uniform", 4, "quarters"), Levels("uniform", 16, "int4-0s32+"), Levels("pairs", 16, "pairs4"), Levels("kmeans", 3, "pairs4"),
     Levels("kmeans", 4, "pairs4"), Levels("kmeans", 16, "pairs8"),
 )  # fmt: skip
 

@@ -103,7 +103,7 @@ def test_a_broken_bias_beside_a_rounded_input_is_found(
     home: Path, result: lrcompile.Result, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first question leaves out what rounding an input does, and nothing else."""
-    rewrite = import_module("lrcompile.rewrite")
+    rewrite = import_module("lrcompile.in_place")
     right = rewrite.bias_in_place
     compiling = import_module("lrcompile.compile")
     honest = compiling.rewrite
@@ -113,7 +113,8 @@ def test_a_broken_bias_beside_a_rounded_input_is_found(
             patch.setattr(rewrite, "bias_in_place", lambda site, bias: right(site, bias) + 0.01)
             return honest(model, sets)
 
-    monkeypatch.setattr(compiling, "rewrite", broken)
+    for stage in (compiling, import_module("lrcompile.proof")):
+        monkeypatch.setattr(stage, "rewrite", broken)
     with pytest.raises(VerificationError, match="were no input rounded"):
         lrcompile.compile(home / "model.onnx", home / "broken", options(home))
 

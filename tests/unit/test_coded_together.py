@@ -121,7 +121,7 @@ def test_all_parts_are_counted(name: str, tmp_path: Path) -> None:
     made = model_of(normal(64, 48))
     found, *where = candidates_of(name, made, Cache(tmp_path), ("uint4", "uint3", "int8"))
     assert {c.storage for c in found} >= (
-        {"uint4", "uint3"} if name == "lqer" else {"quarters", "int4-0s32", "pairs4", "pairs8"}
+        {"uint4", "uint3"} if name == "lqer" else {"quarters", "int4-0s32+", "pairs4", "pairs8"}
     )
     assert "int8" not in {c.storage for c in found}  # loses too little to be corrected
     for candidate in found:
@@ -163,7 +163,7 @@ def test_which_forms_there_are(tmp_path: Path) -> None:
         (c.storage, c.rank) for c in lqer.candidates(group, weights, None, CandidateOptions(storages=types))
     }
     assert ranks == {("int4-32s32+", 32)}
-    for target, kept in (("ort-cpu", {"quarters", "int4-0s32"}), ("trt-rtx", {"int4-0s32"})):
+    for target, kept in (("ort-cpu", {"quarters", "int4-0s32+"}), ("trt-rtx", {"int4-0s32+"})):
         for objective, more in (("size", set()), ("disk", {"pairs4", "pairs8"})):
             problem = prepare(
                 find(made), weights, None, (METHODS["dense"], kashin), Budget(bits=9.0, objective=objective), target=target,
@@ -227,7 +227,7 @@ def child() -> Iterator[Child]:
         ("lqer", "uint4", "ort-cpu", 0.12, 0.25),
         ("lqer", "int4-32s32", "trt-rtx", 0.12, 0.25),
         ("kashin", "quarters", "ort-cpu", 0.25, 0.32),  # two codes of four bits in memory
-        ("kashin", "int4-0s32", "trt-rtx", 0.25, 0.3),
+        ("kashin", "int4-0s32+", "trt-rtx", 0.25, 0.3),
         ("kashin", "pairs4", "ort-cpu", 0.99, 1.05),  # made into the weight
         ("kashin", "pairs4", "trt-rtx", 0.99, 1.05),
     ),
