@@ -32,7 +32,7 @@ from lrcompile.interfaces import (
     Weights,
 )
 from lrcompile.records import FOLD, Candidate, Cost, Group, Refusal
-from lrcompile.weighing import Weighing, corrected_biases, scaled, weighing_of
+from lrcompile.weighing import Weighing, bias_edits, corrected_biases, scaled, weighing_of
 
 _TINY = np.finfo(np.float64).tiny
 # Below this share of the parameters a form is compared with others.
@@ -236,11 +236,7 @@ class NetworkFactorization:
         return emit(op, call)
 
     def edits(self, group: Group, factors: Factors) -> Mapping[Constant, Array]:
-        return {
-            (s.name, "bias"): factors[f"bias.{i}"].astype(np.float64)
-            for i, s in enumerate(group.sites)
-            if f"bias.{i}" in factors
-        }
+        return bias_edits(group, factors)
 
     def _network(self, group: Group, candidate: Candidate) -> Network:
         site, structure = group.sites[0], _plain(candidate.structure)

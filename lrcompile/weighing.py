@@ -8,14 +8,14 @@ derivatives of the outputs (`records.Reaction`), and are not always known. Witho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import scipy.linalg
 
 from lrcompile import spectra
-from lrcompile.interfaces import Array, Factors, StatisticsSource, Weights
+from lrcompile.interfaces import Array, Constant, Factors, StatisticsSource, Weights
 from lrcompile.records import Group
 
 # Of the mean eigenvalue: what few samples do not show of a moment is not free.
@@ -83,6 +83,15 @@ def corrected_biases(group: Group, weights: Weights, weighing: Weighing, E: Arra
         assert bias is not None
         found[f"bias.{i}"] = bias + moved
     return found
+
+
+def bias_edits(group: Group, factors: Factors) -> Mapping[Constant, Array]:
+    """The biases among the factors, as what `Factorization.edits` gives: ``bias.0`` is that of the first site."""
+    return {
+        (s.name, "bias"): factors[f"bias.{i}"].astype(np.float64)
+        for i, s in enumerate(group.sites)
+        if f"bias.{i}" in factors
+    }
 
 
 def frequencies(group: Group, statistics: StatisticsSource | None) -> Array:

@@ -26,6 +26,7 @@ from lrcompile.interfaces import (
     Weights,
 )
 from lrcompile.records import Candidate, Cost, Group, Kind, Refusal
+from lrcompile.weighing import bias_edits
 
 
 class Dense:
@@ -86,11 +87,7 @@ class Dense:
 
     def edits(self, group: Group, factors: Factors) -> Mapping[Constant, Array]:
         # of a weight in fewer bits the core corrects the bias
-        return {
-            (s.name, "bias"): factors[f"bias.{i}"].astype(np.float64)
-            for i, s in enumerate(group.sites)
-            if f"bias.{i}" in factors
-        }
+        return bias_edits(group, factors)
 
 
 factorizations: tuple[Factorization, ...] = (Dense(),)

@@ -50,7 +50,7 @@ from lrcompile.quantize import kashin as mathematics
 from lrcompile.quantize.formats import round_scales
 from lrcompile.quantize.pairs import all_pairs, free_pairs, refitted_pairs, scales_of
 from lrcompile.records import FOLD, Candidate, Cost, Group, Refusal
-from lrcompile.weighing import Weighing, corrected_biases, known_by, weighing_of
+from lrcompile.weighing import Weighing, bias_edits, corrected_biases, known_by, weighing_of
 
 Structure = tuple[tuple[str, int | str], ...]
 
@@ -157,11 +157,7 @@ class Kashin:
         )
 
     def edits(self, group: Group, factors: Factors) -> Mapping[Constant, Array]:
-        return {
-            (s.name, "bias"): factors[f"bias.{i}"].astype(np.float64)
-            for i, s in enumerate(group.sites)
-            if f"bias.{i}" in factors
-        }
+        return bias_edits(group, factors)
 
     def _claim(
         self, group: Group, weights: Weights, statistics: StatisticsSource | None, levels: Levels

@@ -36,7 +36,7 @@ from lrcompile.interfaces import (
 )
 from lrcompile.quantize import Coded, Storage, correction, rounded_by, storage
 from lrcompile.records import Candidate, Cost, Group, Refusal
-from lrcompile.weighing import Weighing, corrected_biases, known_by, weighing_of
+from lrcompile.weighing import Weighing, bias_edits, corrected_biases, known_by, weighing_of
 
 _RANKS = (8, 16, 32, 64, 128)
 _TURNS = 2  # of coding the weight and fitting its correction: the second lowers the error by 1 to 2 %, more turns do not
@@ -124,11 +124,7 @@ class Lqer:
         )
 
     def edits(self, group: Group, factors: Factors) -> Mapping[Constant, Array]:
-        return {
-            (s.name, "bias"): factors[f"bias.{i}"].astype(np.float64)
-            for i, s in enumerate(group.sites)
-            if f"bias.{i}" in factors
-        }
+        return bias_edits(group, factors)
 
     def _curve(
         self,

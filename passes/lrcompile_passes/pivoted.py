@@ -40,6 +40,7 @@ from lrcompile.interfaces import (
     Weights,
 )
 from lrcompile.records import Candidate, Cost, Group, Refusal
+from lrcompile.weighing import bias_edits
 
 # A claim covers the rounding of float64 in the eigenproblem, whose error is relative to the largest eigenvalue.
 _CLAIM_SLACK = 1e-7
@@ -162,11 +163,7 @@ class Pivoted:
         return y
 
     def edits(self, group: Group, factors: Factors) -> Mapping[Constant, Array]:
-        return {
-            (s.name, "bias"): factors[f"bias.{i}"].astype(np.float64)
-            for i, s in enumerate(group.sites)
-            if f"bias.{i}" in factors
-        }
+        return bias_edits(group, factors)
 
 
 def _columns(group: Group) -> int:

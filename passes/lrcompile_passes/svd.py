@@ -34,6 +34,7 @@ from lrcompile.interfaces import (
     Weights,
 )
 from lrcompile.records import Candidate, Cost, Group, Refusal
+from lrcompile.weighing import bias_edits
 
 # A claim covers the rounding of float64 in the eigenproblem, whose error is relative to the largest eigenvalue.
 _CLAIM_SLACK = 1e-7
@@ -138,11 +139,7 @@ class Svd:
         return op("MatMul", low, b, name="b")
 
     def edits(self, group: Group, factors: Factors) -> Mapping[Constant, Array]:
-        return {
-            (s.name, "bias"): factors[f"bias.{i}"].astype(np.float64)
-            for i, s in enumerate(group.sites)
-            if f"bias.{i}" in factors
-        }
+        return bias_edits(group, factors)
 
     def _seen(self, statistics: StatisticsSource | None) -> StatisticsSource | None:
         return statistics if self.name == "svd" else None

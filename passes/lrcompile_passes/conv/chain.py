@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from lrcompile.interfaces import Array, Call, Constant, Factors, Op, Weights
 from lrcompile.records import Cost, Group, Kind, Refusal, Window
+from lrcompile.weighing import bias_edits
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -79,11 +80,7 @@ class Chain:
         return {**changed, **self.edits(group, factors)}
 
     def edits(self, group: Group, factors: Factors) -> Mapping[Constant, Array]:
-        return {
-            (s.name, "bias"): factors[f"bias.{i}"].astype(np.float64)
-            for i, s in enumerate(group.sites)
-            if f"bias.{i}" in factors
-        }
+        return bias_edits(group, factors)
 
     def emit(self, op: Op, call: Call) -> ir.Value:
         assert call.window is not None
