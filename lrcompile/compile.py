@@ -245,8 +245,8 @@ def first_plan(problem: Problem, known: Study) -> Plan:
         known.options.budget.objective,
     )
     for decision in checked.rewritten:
-        if decision.activations is not None and (no := _supports(decision, known)) is not None:
-            raise UsageError(f"the plan rounds the input of {decision.group!r}: {no.reason}")
+        if (no := _supports(decision, known)) is not None:
+            raise UsageError(f"the plan's {decision.method} at {decision.group!r} is refused: {no.reason}")
     return checked
 
 

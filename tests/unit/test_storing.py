@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
 
+from lrcompile.compile import first_plan
 from lrcompile.cost import bytes_of
 from lrcompile.encoding import parts_of
 from lrcompile.errors import BudgetError, UsageError
@@ -22,7 +24,7 @@ from lrcompile.opsets import raisable, raise_opset
 from lrcompile.oracle import reconstructed
 from lrcompile.plan import Whole, choose, group_by_name, prepare
 from lrcompile.records import Amount, Budget, Candidate, InputStatistics, Plan, Site
-from lrcompile.registry import factorizations
+from lrcompile.registry import factorizations, runtime_of
 from lrcompile.rewrite import rewrite
 from lrcompile.sites import find
 from lrcompile.store import Cache
@@ -345,3 +347,30 @@ def test_tensorrt_gets_factors_of_whole_groups(tmp_path: Path) -> None:
 
     assert ranks("trt-rtx") == [32]
     assert ranks("ort-cpu") == [8, 24, 32]
+
+
+def test_a_plan_of_the_user_is_held_against_graph_and_target(tmp_path: Path) -> None:
+    """Whatever form it asks for: codes need an opset that this graph may not be raised to."""
+    nodes = [
+        node("Upsample", ["x", "s"], ["z"], name="up"),
+        node("MatMul", ["z", "w"], ["y"], name="product"),
+    ]
+    constants = {"s": np.ones(2, np.float32), "w": normal(K, N)}
+    old, new = (
+        model(n, {"x": (2, K)}, ["y"], constants if n is nodes else {"w": constants["w"]}, opset=o)
+        for n, o in ((nodes, 9), ([node("MatMul", ["x", "w"], ["y"], name="product")], 18))
+    )
+
+    def asked(made: ir.Model) -> Plan:
+        finding = find(made)
+        plan, weights, statistics = planned(new, Cache(tmp_path), Budget(bits=9.0), ("int8",))
+        assert [d.storage for d in plan.rewritten] == ["int8"]
+        known = SimpleNamespace(
+            options=SimpleNamespace(plan=plan, target="ort-cpu", budget=Budget()), finding=finding, methods=METHODS, weights=weights,
+            statistics=statistics, source=SimpleNamespace(model=made), runtime=runtime_of("ort-cpu"),
+        )  # fmt: skip
+        return first_plan(None, known)  # type: ignore[arg-type]
+
+    assert asked(new).rewritten
+    with pytest.raises(UsageError, match=r"the plan's dense at 'product' is refused: .*Upsample \(up\)"):
+        asked(old)
