@@ -32,7 +32,8 @@ def counted(reasons: Iterable[str]) -> list[str]:
 def plan_table(plan: Plan, why: bool = False) -> str:
     """The groups that are rewritten, then the others: with why each by itself, else counted by reason.
 
-    moves: how far each is predicted to move the outputs, where that is known. saves: see `Decision.saves`.
+    kept: share of the parameters, of a weight in codes that of its bytes. moves: how far each is predicted to move the outputs, where
+    that is known. saves: see `Decision.saves`.
     """
     shown = plan.decisions if why else plan.rewritten
     predicts = any(d.movement is not None for d in shown)
@@ -56,6 +57,9 @@ def plan_table(plan: Plan, why: bool = False) -> str:
         f"{len(plan.rewritten)} of {len(plan.decisions)} weights rewritten for {plan.target}: "
         f"{before:,} -> {after:,} of their parameters ({_share(after, before)})"
     )
+    if any(d.storage is not None for d in plan.decisions):
+        held = [sum(getattr(d, f"bytes_{w}") for d in plan.decisions) for w in ("before", "after")]
+        lines.append(f"{held[0]:,} -> {held[1]:,} of their bytes ({_share(held[1], held[0])})")
     return "\n".join([*lines, *plan.predicted, *plan.notes])
 
 
@@ -68,7 +72,9 @@ def _row(d: Decision, predicts: bool) -> list[str]:
         else f"{d.claimed_error:.0e}"
     )
     rank = "" if d.rank is None else str(d.rank)
-    kept = f"{d.parameters_after / d.parameters_before:.3f}" if d.parameters_before else ""
+    what = "parameters" if d.storage is None else "bytes"
+    after, before = (getattr(d, f"{what}_{w}") for w in ("after", "before"))
+    kept = f"{after / before:.3f}" if before else ""
     moves = [_scientific(d.movement)] if predicts else []
     form = d.method if d.storage is None else f"{d.method} in {d.storage}"
     if d.activations is not None:

@@ -626,3 +626,6 @@ def test_the_table_says_what_a_weight_is_stored_in() -> None:
     plan = planned(linears((10, 10)), Budget(keep=0.8))
     coded = replace(plan, decisions=(replace(plan.decisions[0], method="dense", storage="int4"),))
     assert "dense in int4" in plan_table(coded) and " in int4" not in plan_table(plan)
+    held = [sum(getattr(d, f"bytes_{w}") for d in coded.decisions) for w in ("before", "after")]
+    assert f"{held[0]:,} -> {held[1]:,} of their bytes" in plan_table(coded)
+    assert "of their bytes" not in plan_table(plan)
