@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,6 +108,23 @@ def _speed(document: Mapping[str, Any]) -> Iterator[Caveat]:
     elif before and after > _WORTH * before and any(rewrites(s) for s in document["sites"]):
         yield Caveat(
             f"{'Smaller' if smaller else 'Rewritten'}, perhaps not faster",
-            f"FLOPs: {change(before, after)}. Each rewritten weight is two smaller products instead of one, and below a saving of about 30 % "
-            "the second call often costs more than is saved. Times are not in this folder: lrcompile bench measures them.",
+            f"FLOPs: {change(before, after)}. {_why_not_faster(document['sites'])} Times are not in this folder: lrcompile bench measures them.",
         )
+
+
+def _why_not_faster(sites: Sequence[Mapping[str, Any]]) -> str:
+    changed = [s for s in sites if rewrites(s)]
+    said = []
+    if any(s["method"] != "dense" for s in changed):
+        said.append(
+            "Each factored weight is two smaller products instead of one, and below a saving of about 30 % the second call often costs more than is "
+            "saved."
+        )
+    coded = [s for s in changed if s["storage"] and s["method"] == "dense"]
+    if any(not s.get("activations") for s in coded):
+        said.append(
+            "Weights in fewer bits save memory; a CPU multiplies by them faster at few rows only, or where inputs have 8 bits too (--activations)."
+        )
+    elif coded:
+        said.append("Products of rounded inputs are faster where the processor has instructions for them.")
+    return " ".join(said)

@@ -44,7 +44,7 @@ class Family:
 def totals_of(totals: Mapping[str, int]) -> Iterator[tuple[str, str, str, str, str]]:
     """name, before, after, change, what it counts."""
     words = {
-        "parameters": "elements of all constants of a float type or of at most 8 bits, biases, norms, scales and tables included",
+        "parameters": "elements of all constants of a float type or of at most 8 bits, biases, norms, scales and tables included; codes that share a byte count once",
         "bytes": "all constants of the model as they are stored; the files hold a little more, the graph itself",
         "flops": "2 for each multiply-accumulate of the weights listed below, on the first feed of inputs.json; nothing else of the graph",
     }

@@ -175,9 +175,15 @@ def _asked(document: Mapping[str, Any]) -> str:
     """The answer to the first question."""
     if document["evidence"]["verdict"] == "unchanged":
         return "Nothing was rewritten, so there is nothing to ask: the file is the original."
+    rounded = sum(bool(s.get("activations")) for s in document["sites"])
+    apart = (
+        f" The inputs of {rounded} weight{'' if rounded == 1 else 's'} are rounded to 8 bits: for this question they were left as they are, "
+        "and what rounding them does belongs to the second."
+    )
     return (
-        "Yes, for every output, on seeded random feeds. Had one differed by more than ten times the noise floor (or 1e-5 of its "
-        "largest value, where that is more), nothing would have been published."
+        "Yes, for every output, on seeded random feeds. Had one differed by more than ten times the noise floor (its own, where the compressed model "
+        "amplifies rounding more than the original; or 1e-5 of its largest value, where that is more), nothing would have been published."
+        f"{apart if rounded else ''}"
     )
 
 

@@ -278,9 +278,25 @@ def test_svd_plain_is_warned_of() -> None:
     assert "svd-plain" not in checked(manifest()).text
 
 
+def test_codes_are_not_called_two_products() -> None:
+    coded = site(method="dense", storage="int8", rank=None)
+    document = manifest(coded)
+    document["totals"]["flops_after"] = document["totals"]["flops_before"]
+    text = checked(document).text
+    assert "Weights in fewer bits save memory" in text and "two smaller products" not in text
+    assert "rounded to 8 bits" not in text
+    document["sites"] = [{**coded, "activations": "int8"}]
+    text = checked(document).text
+    assert "Products of rounded inputs are faster where" in text and "Weights in fewer bits save" not in text
+    assert (
+        "The inputs of 1 weight are rounded to 8 bits: for this question they were left as they are" in text
+    )
+
+
 def test_work_and_size_that_grew_are_warned_of() -> None:
     document = manifest()
     assert "Smaller, perhaps not faster." in checked(document).text
+    assert "two smaller products" in checked(document).text and "fewer bits" not in checked(document).text
     document["totals"]["flops_after"] = 16384
     assert "Smaller, but more work. FLOPs went from 8,192 to 16,384 (+100.0 %)." in checked(document).text
     document["totals"]["bytes_after"] = 68000
