@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from lrcompile.graph import nodes
+from lrcompile.graph import nodes, tensor_of
 
 
 class NormsApart:
-    """Turn every Add of two equal shapes that a LayerNormalization reads into a Sum, in place."""
+    """Turn every Add of two computed values that a LayerNormalization reads into a Sum, in place."""
 
     name = "norms-apart"
 
@@ -24,8 +24,10 @@ class NormsApart:
 
 
 def _is_fused(node: ir.Node) -> bool:
-    """Whether ONNX Runtime would take an Add into the norm that reads it: all it adds has opset 8's Sum too, integers aside."""
+    """Whether ONNX Runtime would take an Add into the norm that reads it. The Add of a bias it takes into the product before it."""
     if node.op_type != "Add" or node.domain not in ("", "ai.onnx"):
+        return False
+    if any(tensor_of(value) is not None for value in node.inputs):
         return False
     return any(
         reader.op_type == "LayerNormalization" and index == 0 for reader, index in node.outputs[0].uses()

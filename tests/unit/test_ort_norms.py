@@ -51,6 +51,19 @@ def test_only_sums_before_a_norm_are_kept_apart(tmp_path: Path) -> None:
         )  # sums in another order
 
 
+def test_a_bias_before_a_norm_stays_with_its_product() -> None:
+    """As a Sum it could not be taken into the product."""
+    nodes = [
+        node("MatMul", ["x", "w"], ["p"], name="product"),
+        node("Add", ["p", "b"], ["s"], name="bias"),
+        node("LayerNormalization", ["s", "gamma"], ["y"], name="norm", axis=-1),
+    ]
+    made = model(nodes, {"x": ("rows", D)}, ["y"], {"w": normal(D, D), "b": normal(D), "gamma": normal(D)})
+    (norms_apart,) = runtime_of("ort-cpu").lowering("ort-cpu")
+    assert norms_apart(made) == 0
+    assert [n.op_type for n in made.graph] == ["MatMul", "Add", "LayerNormalization"]
+
+
 @pytest.mark.parametrize("target", ["ort-cuda", "ort-tensorrt"])
 def test_other_devices_keep_the_fused_kernel(target: str) -> None:
     assert runtime_of(target).lowering(target) == ()
